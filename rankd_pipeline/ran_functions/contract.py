@@ -1,0 +1,182 @@
+"""The contract between a RAN function (what is learned) and the steps (what is done to it).
+
+A function brings domain code; a step knows no function by name. Light on purpose: nothing here imports torch.
+Shapes: n samples, C classes or outputs. A *features* or *truth* dict maps column names to arrays with n as first axis.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from rankd_pipeline.runtime.signature import ModelSignature
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+    import torch
+    from pydantic import BaseModel
+
+    from rankd_pipeline.audit.schema import CorpusSchema
+    from rankd_pipeline.distillation.heads import Head
+
+Arrays = Mapping[str, np.ndarray]
+Predictor = Callable[[Arrays], np.ndarray]
+"""features -> scores [n, C] (any scale; larger is better), or calibrated outputs where the caller says so."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The headline metric: its name in the evaluation table, unit, and direction."""
+
+    name: str
+    unit: str
+    higher_is_better: bool
+    is_rate: bool
+    """True for a share of samples: only then a ratio student / teacher (retention) makes sense."""
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A method the networks are compared with.
+
+    learned baselines are printed beside the teacher; non-learned ones set the gate. fit gets train and validation
+    columns (with label) and returns the predictor; needs_truth names truth columns that hold the baseline's own
+    measurements (a sweep that was made in the field, say).
+    """
+
+    name: str
+    learned: bool
+    fit: Callable[[Arrays, Arrays, int], Predictor]
+    needs_truth: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Group:
+    """One block of the corpus with one shape. Functions with one shape have the single group `main`."""
+
+    name: str
+    shape: Mapping[str, tuple[int, ...]]
+
+
+class RanFunction(ABC):
+    """One RAN function. Subclasses live in `ran_functions/<name>/function.py` and import heavy packages inside methods."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    metric: ClassVar[Metric]
+    secondary_metrics: ClassVar[tuple[Metric, ...]] = ()
+    code_versions: ClassVar[Mapping[str, str]]
+    """Version of each facet module (simulate, labels, networks, baselines, metrics); part of the recipes they shape."""
+
+    # -- what is delivered ----------------------------------------------------------------------------------------
+    @abstractmethod
+    def corpus_config(self, raw: Mapping[str, Any]) -> "BaseModel":
+        """The corpus configuration of this function. Raises: RankdError naming the key."""
+
+    @abstractmethod
+    def signatures(self, cfg: Any, budget_us: float) -> tuple[ModelSignature, ...]:
+        """The deployed models (most functions: one), each with budget, named tensors, masks, carried state."""
+
+    @abstractmethod
+    def head(self) -> "Head":
+        """What follows from the kind of output: losses, calibration, distillation (see distillation/heads.py)."""
+
+    # -- corpus ---------------------------------------------------------------------------------------------------
+    def groups(self, cfg: Any) -> tuple[Group, ...]:
+        """Blocks of like shape."""
+        return (Group("main", {}),)
+
+    @abstractmethod
+    def plan(self, cfg: Any, seed: int) -> Sequence[Any]:
+        """Independent shards of the simulation; each carries its own seed."""
+
+    @abstractmethod
+    def simulate(self, cfg: Any, shard: Any) -> "tuple[pa.Table, pa.Table]":
+        """(features, truth) of one shard: same shard, same bytes, in any process."""
+
+    @abstractmethod
+    def schema(self, cfg: Any) -> "CorpusSchema":
+        """Columns, units, physical ranges of the features: what the audit and the import check against."""
+
+    # -- labels ---------------------------------------------------------------------------------------------------
+    @abstractmethod
+    def delivered_labels(self, truth: "pa.Table") -> "pa.Table":
+        """(sample_id, label): what the field delivers for labelled samples, e.g. a measured full sweep."""
+
+    @abstractmethod
+    def oracle_labels(self, truth: "pa.Table") -> "pa.Table":
+        """(sample_id, label, target tensor): the simulator's own answer. target holds what richer losses need."""
+
+    # -- models ---------------------------------------------------------------------------------------------------
+    @abstractmethod
+    def model_inputs(self, features: Arrays) -> dict[str, np.ndarray]:
+        """The tensors of the signature, from feature columns: all a network may see."""
+
+    @property
+    @abstractmethod
+    def feature_columns(self) -> tuple[str, ...]:
+        """Feature columns that `model_inputs` reads."""
+
+    @abstractmethod
+    def teacher(self, cfg: Any, network: Mapping[str, Any]) -> "torch.nn.Module":
+        """The large network, untrained; forward(**model inputs) -> [n, C] before calibration."""
+
+    @abstractmethod
+    def student(self, cfg: Any, network: Mapping[str, Any]) -> "torch.nn.Module":
+        """The small network, untrained, same forward as the teacher's."""
+
+    @abstractmethod
+    def set_statistics(self, module: "torch.nn.Module", inputs: Arrays) -> None:
+        """Fix input scaling from training inputs; it is stored with the weights and exported with the graph."""
+
+    @abstractmethod
+    def ssl_loss(self, module: "torch.nn.Module", batch: Any, generator: Any, mask_share: tuple[float, float]) -> Any:
+        """Self-supervised loss of a batch (masked modelling)."""
+
+    def augment(self, batch: Any, generator: Any, **options: Any) -> Any:
+        """A training batch as seen this time; the default changes nothing."""
+        return batch
+
+    @abstractmethod
+    def deployable(self, module: "torch.nn.Module", calibration: Mapping[str, float]) -> "torch.nn.Module":
+        """The graph that is exported: reports as the standard delivers them in, calibrated outputs out."""
+
+    # -- judgement ------------------------------------------------------------------------------------------------
+    @abstractmethod
+    def baselines(self, cfg: Any) -> tuple[Baseline, ...]:
+        """Every baseline, non-learned ones first."""
+
+    @property
+    @abstractmethod
+    def evaluation_columns(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """(feature columns, truth columns) that `evaluate` reads beside the inputs."""
+
+    @abstractmethod
+    def evaluate(
+        self, models: Mapping[str, Predictor], features: Arrays, truth: Arrays, split: str, calibrated: frozenset[str]
+    ) -> "pd.DataFrame":
+        """The long table (model, split, unit, cell, metric, value, n) of all models on one split.
+
+        calibrated names the models whose outputs are probabilities (they get calibration rows). A function that is
+        judged in closed loop rolls out here instead of predicting sample by sample.
+        """
+
+    def latency_cases(self, inputs: Arrays) -> dict[str, dict[str, np.ndarray]]:
+        """Named input sets for the latency race; the worst one counts."""
+        return {"typical": dict(inputs)}
+
+    def figures(self, models: Mapping[str, Predictor], features: Arrays, truth: Arrays) -> Iterator[tuple[str, bytes]]:
+        """Extra pictures for the report as (caption, PNG)."""
+        return iter(())
+
+    def example_rows(self, cfg: Any) -> "str | None":
+        """A few lines of CSV that `rankd predict` accepts, or None."""
+        return None
+
+    def read_reports(self, path: Path, signature: ModelSignature) -> dict[str, np.ndarray]:
+        """Model inputs from a user's CSV of reports. Raises: RankdError naming row and column."""
+        raise NotImplementedError(f"{self.name} has no CSV form of its reports")

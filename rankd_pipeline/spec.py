@@ -1,0 +1,246 @@
+"""What a pipeline's YAML says: the configuration of each step at each scale, its gates and its schedule."""
+
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from rankd_pipeline.audit.schema import SourceInfo
+from rankd_pipeline.errors import RankdError
+from rankd_pipeline.evaluation.gates import Gate
+
+Scale = Literal["smoke", "laptop", "gpu"]
+SCALES: tuple[Scale, ...] = ("smoke", "laptop", "gpu")
+M = TypeVar("M", bound=BaseModel)
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CorpusStep(_Strict):
+    """simulation: the function's own corpus configuration. source: an own Parquet or CSV instead (ingest.SourceConfig)."""
+
+    simulation: dict[str, Any] = {}
+    source: dict[str, Any] | None = None
+    sources: tuple[SourceInfo, ...] = ()
+
+
+class AuditStep(_Strict):
+    """checks: settings of the audit (audit.AuditConfig)."""
+
+    checks: dict[str, Any] = {}
+
+
+class SslStep(_Strict):
+    """fit: training settings. mask_share: range of the share of entries masked. Skipped at or above skip_labelled_share."""
+
+    fit: dict[str, Any] = {}
+    mask_share: tuple[Share, Share] = (0.3, 0.5)
+    skip_labelled_share: float = 0.8
+    enabled: bool = True
+
+
+class LabelsStep(_Strict):
+    """precedence: which provenance wins where several label a sample. annotations: an expert CSV under the home, or None."""
+
+    precedence: tuple[Literal["expert", "simulation_oracle", "classical_sweep"], ...] = (
+        "expert",
+        "simulation_oracle",
+        "classical_sweep",
+    )
+    annotations: str | None = None
+
+
+class TeacherStep(_Strict):
+    """network: the function's keywords. fit: training settings. loss: the function's keywords for its teacher loss."""
+
+    network: dict[str, Any] = {}
+    fit: dict[str, Any] = {}
+    loss: dict[str, Any] = {}
+
+
+class ScorecardStep(_Strict):
+    """resamples: bootstrap resamples by drop. bins: calibration bins. learned_baselines: printed beside the teacher."""
+
+    resamples: int = Field(2000, ge=100)
+    bins: int = Field(15, ge=2)
+    learned_baselines: tuple[str, ...] = ()
+
+
+class SoftLabelsStep(_Strict):
+    batch: int = Field(2048, ge=1)
+
+
+class StudentStep(_Strict):
+    """candidates: named student networks; temperatures: swept on the first seed; alpha: weight of the teacher's part."""
+
+    network: dict[str, Any] = {}
+    fit: dict[str, Any] = {}
+    loss: dict[str, Any] = {}
+    temperatures: tuple[float, ...] = (1.0, 2.0, 4.0, 6.0, 8.0)
+    alpha: Share = 0.7
+    paired_seeds: int = Field(5, ge=2)
+
+
+class QuantizeStep(_Strict):
+    calibration_samples: int = Field(512, ge=8)
+    parity_samples: int = Field(2000, ge=8)
+
+
+class LatencyStep(_Strict):
+    """budget_us: the function's time budget. race: settings of the latency harness (runtime.latency.LatencyConfig)."""
+
+    budget_us: float = Field(gt=0)
+    race: dict[str, Any] = {}
+
+
+class DeploymentStep(_Strict):
+    registered_model: str = ""
+
+
+class StepConfigs(_Strict):
+    corpus: CorpusStep = CorpusStep()
+    audit_report: AuditStep = AuditStep()
+    ssl_weights: SslStep = SslStep()
+    oracle_labels: LabelsStep = LabelsStep()
+    teacher: TeacherStep = TeacherStep()
+    calibration_scorecard: ScorecardStep = ScorecardStep()
+    soft_labels: SoftLabelsStep = SoftLabelsStep()
+    student: StudentStep = StudentStep()
+    quantized_onnx: QuantizeStep = QuantizeStep()
+    latency_profile: LatencyStep
+    deployment: DeploymentStep = DeploymentStep()
+
+
+class Gates(_Strict):
+    """The gates of each gated step; verdicts are computed at every scale and enforced above `smoke`."""
+
+    calibration_scorecard: tuple[Gate, ...] = ()
+    quantized_onnx: tuple[Gate, ...] = ()
+    deployment: tuple[Gate, ...] = ()
+
+
+class Schedule(_Strict):
+    """Nightly re-distillation. cron: five fields; timezone: IANA name; enabled: switched on when the daemon starts."""
+
+    cron: str = "0 2 * * *"
+    timezone: str = "UTC"
+    enabled: bool = False
+
+
+class PipelineConfig(_Strict):
+    """The `attributes` of a pipeline's defs.yaml.
+
+    steps: the configuration at `laptop` scale. scales and variants: what differs, merged over it in that order.
+    """
+
+    pipeline: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    function: str
+    title: str = ""
+    owners: tuple[str, ...] = ()
+    steps: dict[str, Any]
+    scales: dict[Scale, dict[str, Any]] = {}
+    variants: dict[str, dict[str, Any]] = {}
+    gates: Gates = Gates()
+    schedule: Schedule = Schedule()
+
+    def at(self, scale: str = "laptop", seed: int = 0, variant: str = "default") -> "PipelineSpec":
+        """The effective configuration.
+
+        Raises: RankdError for an unknown scale or variant, or a value that does not validate (naming its key).
+        """
+        if scale not in SCALES:
+            raise RankdError(f"scale {scale!r}: unknown; expected one of {', '.join(SCALES)}.")
+        if variant != "default" and variant not in self.variants:
+            known = ", ".join(["default", *self.variants])
+            raise RankdError(f"variant {variant!r}: unknown in pipeline {self.pipeline}; expected one of {known}.")
+        merged = deep_merge(self.steps, self.scales.get(scale, {}))
+        if variant != "default":
+            merged = deep_merge(merged, self.variants[variant])
+        steps = validated(StepConfigs, merged, f"pipeline {self.pipeline}, steps")
+        return PipelineSpec(
+            pipeline=self.pipeline, function=self.function, scale=scale, seed=seed, variant=variant, steps=steps, gates=self.gates
+        )  # fmt: skip
+
+
+class PipelineSpec(_Strict):
+    """One effective configuration: what the steps read."""
+
+    pipeline: str
+    function: str
+    scale: str
+    seed: int
+    variant: str
+    steps: StepConfigs
+    gates: Gates
+
+    @property
+    def enforced(self) -> bool:
+        """Gates stop the chain above smoke scale; at smoke they are computed and shown."""
+        return self.scale != "smoke"
+
+    def config_of(self, step: str) -> dict[str, Any]:
+        """The configuration that enters a step's recipe: its own and its gates, as JSON."""
+        config = getattr(self.steps, step).model_dump(mode="json")
+        gates = getattr(self.gates, step, ())
+        return {**config, "gates": [gate.model_dump(mode="json") for gate in gates], "function": self.function}
+
+
+def deep_merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`: mappings merge, everything else (lists too) replaces."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = deep_merge(merged[key], value) if both else value
+    return merged
+
+
+def validated(model: type[M], values: Any, where: str) -> M:
+    """`values` as `model`, or one sentence that names the key, what was found and what was expected."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(_fields_at(model, first["loc"][:-1])) or "none"
+            raise RankdError(f"{where}: unknown key {key!r}; expected one of: {known}.") from None
+        found = "" if first["type"] == "missing" else f", found {first['input']!r}"
+        raise RankdError(f"{where}: key {key!r}: {first['msg']}{found}.") from None
+
+
+def _fields_at(model: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
+    for part in loc:
+        field = model.model_fields.get(part) if isinstance(part, str) else None
+        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+            return []
+        model = field.annotation
+    return list(model.model_fields)
+
+
+def pipeline_files() -> dict[str, Path]:
+    """Every pipeline's YAML in the package, by pipeline name."""
+    root = Path(str(resources.files("rankd_pipeline"))) / "defs"
+    return {path.parent.name: path for path in sorted(root.glob("*/defs.yaml"))}
+
+
+def load_pipeline(name_or_path: str | Path) -> PipelineConfig:
+    """A pipeline by name, or from any YAML file with the same `attributes`.
+
+    Raises: RankdError if it is unknown, no YAML, or does not validate.
+    """
+    files = pipeline_files()
+    path = files.get(str(name_or_path)) or Path(name_or_path)
+    if not path.is_file():
+        raise RankdError(f"{name_or_path}: no such pipeline; expected one of {', '.join(files)} or a path to a YAML file.")
+    try:
+        document = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise RankdError(f"{path}: not YAML ({' '.join(str(error).split())}).") from None
+    if not isinstance(document, dict) or not isinstance(document.get("attributes"), dict):
+        raise RankdError(f"{path}: expected a mapping with the keys 'type' and 'attributes'.")
+    return validated(PipelineConfig, document["attributes"], str(path))

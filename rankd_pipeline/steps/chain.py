@@ -1,0 +1,55 @@
+"""The chain at a glance: every step, what it reads, its code version, and which facets of a function shape it.
+
+Light on purpose: orchestration and the CLI read it without importing a step.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """One row of the chain.
+
+    inputs: step names whose artifacts it reads. facets: the function modules whose code version is part of the recipe.
+    libraries: distributions whose version shapes the result. needs_pass: inputs whose gate verdict is read again here.
+    """
+
+    name: str
+    title: str
+    inputs: tuple[str, ...]
+    code_version: str
+    facets: tuple[str, ...] = ()
+    libraries: tuple[str, ...] = ()
+    needs_pass: tuple[str, ...] = ()
+    on_host: bool = False
+
+
+CHAIN: tuple[StepInfo, ...] = (
+    StepInfo("corpus", "Channels or own measurements, as features, delivered labels and truth", (), "1",
+             ("simulate",), ("sionna-no-rt", "torch", "numpy")),
+    StepInfo("audit_report", "The corpus health card; a blocking check", ("corpus",), "1", (), ("numpy", "scikit-learn")),
+    StepInfo("ssl_weights", "Self-supervised weights from the unlabelled corpus", ("corpus", "audit_report"), "1",
+             ("networks",), ("torch",), ("audit_report",)),
+    StepInfo("oracle_labels", "Labels with their provenance and an estimate of their noise", ("corpus", "audit_report"), "1",
+             ("labels",), ("numpy",), ("audit_report",)),
+    StepInfo("teacher", "The large network, trained offline", ("corpus", "ssl_weights", "oracle_labels"), "1",
+             ("networks",), ("torch",)),
+    StepInfo("calibration_scorecard", "Does the teacher deserve to teach? A gate",
+             ("corpus", "oracle_labels", "teacher"), "1", ("networks", "baselines", "metrics"), ("torch", "scikit-learn")),
+    StepInfo("soft_labels", "The calibrated teacher over the full corpus", ("corpus", "teacher", "calibration_scorecard"), "1",
+             ("networks",), ("torch",), ("calibration_scorecard",)),
+    StepInfo("student", "The small network: distilled against two controls",
+             ("corpus", "oracle_labels", "soft_labels", "calibration_scorecard"), "1", ("networks", "metrics"), ("torch",),
+             ("calibration_scorecard",)),
+    StepInfo("quantized_onnx", "FP32 and INT8 ONNX with lineage inside; a gate",
+             ("corpus", "student", "calibration_scorecard"), "1", ("networks", "metrics"), ("torch", "onnx", "onnxruntime"),
+             ("calibration_scorecard",)),
+    StepInfo("latency_profile", "The race across runtimes against the budget; a gate", ("corpus", "quantized_onnx"), "1",
+             (), ("onnxruntime", "emx-onnx-cgen"), ("quantized_onnx",), on_host=True),
+    StepInfo("deployment", "The bundle, its model card and its registered version",
+             ("corpus", "calibration_scorecard", "student", "quantized_onnx", "latency_profile"), "1",
+             ("baselines", "metrics"), ("onnxruntime",), ("calibration_scorecard", "quantized_onnx", "latency_profile")),
+)  # fmt: skip
+
+STEPS: dict[str, StepInfo] = {info.name: info for info in CHAIN}
+GATED = ("audit_report", "calibration_scorecard", "quantized_onnx", "latency_profile", "deployment")
