@@ -1,0 +1,229 @@
+"""The networks of beam management: a transformer teacher and a tiny student, from L1-RSRP reports to the best beam.
+
+Shapes: B samples, H reports of history (the newest last), W wide beams of Set B (rows x cols), N narrow beams of
+Set A, D width. Beams are numbered row by row: beam = row * cols + col (row: elevation, col: azimuth).
+"""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rankd_pipeline.errors import RankdError
+
+# Below this far under the strongest report a beam tells nothing but noise; it also bounds a wild report.
+_FLOOR_DB = -60.0
+
+
+class ReportNormalizer(nn.Module):
+    """Scales reports inside the graph, so that the deployed file takes them as the standard delivers them.
+
+    Two views of a report: each beam relative to the strongest one reported (the shape, which holds the angle), and the
+    strongest one itself (the level, which tells near from far). What is missing becomes 0, that is the training mean.
+    The constants are buffers, learned from the training reports by `learn`.
+    """
+
+    shape_mean: Tensor
+    shape_std: Tensor
+    level_mean: Tensor
+    level_std: Tensor
+
+    def __init__(self, set_b: int) -> None:
+        super().__init__()
+        self.register_buffer("shape_mean", torch.zeros(set_b))
+        self.register_buffer("shape_std", torch.ones(set_b))
+        self.register_buffer("level_mean", torch.zeros(1))
+        self.register_buffer("level_std", torch.ones(1))
+
+    def forward(self, l1_rsrp_dbm: Tensor, l1_rsrp_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return shape [B, H, W], level [B, 1] and mask [B, H, W] as float, all without unit and finite.
+
+        Args:
+            l1_rsrp_dbm: [B, H, W] reported L1-RSRP, dBm; any value (NaN too) where nothing was reported.
+            l1_rsrp_mask: [B, H, W] non-zero where a report is there. A sample without any is all zeros.
+        """
+        present = l1_rsrp_mask > 0
+        relative, strongest = self._relative(l1_rsrp_dbm, present)
+        there = present.to(relative.dtype)
+        any_there = there.flatten(1).max(dim=1, keepdim=True).values
+        shape = (relative - self.shape_mean) / self.shape_std * there
+        level = (strongest - self.level_mean) / self.level_std * any_there
+        return shape, level, there
+
+    @staticmethod
+    def _relative(l1_rsrp_dbm: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+        """Each beam relative to the sample's strongest report, dB; and that one, dBm [B, 1] (very low if none)."""
+        reported = torch.where(there, l1_rsrp_dbm, -1e4)
+        strongest = reported.flatten(1).max(dim=1, keepdim=True).values
+        relative = (reported - strongest.unsqueeze(-1)).clamp(min=_FLOOR_DB)
+        return relative, strongest
+
+    @torch.no_grad()
+    def learn(self, l1_rsrp_dbm: np.ndarray | Tensor, l1_rsrp_mask: np.ndarray | Tensor) -> None:
+        """Set the constants from training reports [B, H, W]; `RankdError` if not one beam was reported."""
+        there = torch.as_tensor(l1_rsrp_mask) > 0
+        if not bool(there.any()):
+            raise RankdError("the training corpus holds not one L1-RSRP report (every mask entry is 0)")
+        relative, strongest = self._relative(torch.as_tensor(l1_rsrp_dbm), there)
+        weight = there.double()
+        count = weight.sum((0, 1))
+        seen = count.clamp(min=1)
+        mean = (relative.double() * weight).sum((0, 1)) / seen
+        variance = ((relative.double() - mean) ** 2 * weight).sum((0, 1)) / seen
+        self.shape_mean.copy_(torch.where(count > 0, mean, 0.0))
+        # A beam never (or always equally) reported keeps its dB: a tiny deviation would blow its noise up.
+        self.shape_std.copy_(variance.sqrt().clamp(min=1.0))
+        level = strongest[there.flatten(1).any(dim=1)].double()
+        self.level_mean.copy_(level.mean().reshape(1))
+        self.level_std.copy_(level.std(unbiased=False).clamp(min=1.0).reshape(1))
+
+
+class BeamTransformer(nn.Module):
+    """The teacher: one token a wide beam and report, attention among them, and a head over the narrow beams.
+
+    The head adds two views: from each wide beam's token of the newest report the narrow beams beneath it, with the
+    same weights for all (what holds at one angle holds at the next), and a dense layer over all of them.
+    """
+
+    def __init__(
+        self,
+        *,
+        set_b_rows: int,
+        set_b_cols: int,
+        set_a_rows: int,
+        set_a_cols: int,
+        history: int,
+        width: int = 64,
+        depth: int = 4,
+        heads: int = 4,
+        expansion: int = 2,
+        head_width: int = 256,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if set_a_rows % set_b_rows or set_a_cols % set_b_cols:
+            raise RankdError(
+                f"Set A has {set_a_rows}x{set_a_cols} beams and Set B {set_b_rows}x{set_b_cols}; "
+                "rows and columns of Set A must be multiples of Set B's"
+            )
+        self.rows, self.cols, self.history, self.set_b = set_b_rows, set_b_cols, history, set_b_rows * set_b_cols
+        self.down, self.across = set_a_rows // set_b_rows, set_a_cols // set_b_cols
+        self.normalizer = ReportNormalizer(self.set_b)
+        self.embed = nn.Linear(3, width)
+        self.missing = nn.Parameter(torch.zeros(width))
+        self.row = nn.Parameter(0.02 * torch.randn(set_b_rows, 1, width))
+        self.col = nn.Parameter(0.02 * torch.randn(1, set_b_cols, width))
+        self.time = nn.Parameter(0.02 * torch.randn(history, 1, width))
+        self.blocks = nn.ModuleList(_Block(width, heads, expansion, dropout) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.beneath = nn.Linear(width, self.down * self.across)
+        self.dense = nn.Sequential(
+            nn.Linear(self.set_b * width, head_width),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(head_width, set_a_rows * set_a_cols),
+        )
+        self.reconstruction = nn.Linear(width, 1)
+
+    def forward(self, l1_rsrp_dbm: Tensor, l1_rsrp_mask: Tensor) -> Tensor:
+        """Logits [B, N] over Set A from reports [B, H, W] (dBm) and their mask."""
+        newest_BWD = self._tokens(l1_rsrp_dbm, l1_rsrp_mask)[:, -self.set_b :]
+        local = self.beneath(newest_BWD).reshape(-1, self.rows, self.cols, self.down, self.across)
+        local_BN = local.transpose(2, 3).flatten(1)
+        return local_BN + self.dense(newest_BWD.flatten(1))
+
+    def reconstruct(self, l1_rsrp_dbm: Tensor, l1_rsrp_mask: Tensor) -> Tensor:
+        """Every wide beam's scaled shape [B, H, W], guessed from those that the mask leaves (masked modelling)."""
+        tokens = self._tokens(l1_rsrp_dbm, l1_rsrp_mask)
+        return self.reconstruction(tokens).reshape(l1_rsrp_dbm.shape)
+
+    def _tokens(self, l1_rsrp_dbm: Tensor, l1_rsrp_mask: Tensor) -> Tensor:
+        """Tokens [B, H*W, D] after all blocks, the newest report's last."""
+        shape, level, there = self.normalizer(l1_rsrp_dbm, l1_rsrp_mask)
+        level = level.unsqueeze(-1).expand_as(shape)
+        tokens = self.embed(torch.stack([shape, level, there], dim=-1))
+        tokens = tokens + (1 - there).unsqueeze(-1) * self.missing
+        place = (self.row + self.col).flatten(0, 1) + self.time
+        tokens = (tokens + place).flatten(1, 2)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.norm(tokens)
+
+
+class _Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, width: int, heads: int, expansion: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_attention = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.up = nn.Linear(width, expansion * width)
+        self.down = nn.Linear(expansion * width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        batch, tokens, width = x_BTD.shape
+        qkv = self.qkv(self.norm_attention(x_BTD)).reshape(batch, tokens, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width)
+        x_BTD = x_BTD + self.dropout(self.out(mixed))
+        return x_BTD + self.dropout(self.down(functional.gelu(self.up(self.norm_mlp(x_BTD)))))
+
+
+class BeamMLP(nn.Module):
+    """The student: a few thousand weights on the scaled reports; plain layers that every runtime takes."""
+
+    def __init__(self, *, set_b: int, set_a: int, history: int, hidden: tuple[int, ...] = (32, 32)) -> None:
+        super().__init__()
+        self.normalizer = ReportNormalizer(set_b)
+        widths = [2 * history * set_b + 1, *hidden]
+        layers: list[nn.Module] = []
+        for before, after in zip(widths[:-1], widths[1:], strict=True):
+            layers += [nn.Linear(before, after), nn.ReLU()]
+        self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], set_a))
+
+    def forward(self, l1_rsrp_dbm: Tensor, l1_rsrp_mask: Tensor) -> Tensor:
+        """Logits [B, N] over Set A from reports [B, H, W] (dBm) and their mask."""
+        shape, level, there = self.normalizer(l1_rsrp_dbm, l1_rsrp_mask)
+        return self.layers(torch.cat([shape.flatten(1), there.flatten(1), level], dim=1))
+
+
+class Deployable(nn.Module):
+    """What is shipped: the student, its calibration temperature and the softmax in one graph."""
+
+    temperature: Tensor
+
+    def __init__(self, student: nn.Module, temperature: float) -> None:
+        super().__init__()
+        self.student = student
+        self.register_buffer("temperature", torch.tensor(float(temperature)))
+
+    def forward(self, l1_rsrp_dbm: Tensor, l1_rsrp_mask: Tensor) -> Tensor:
+        """`beam_probability` [B, N]: the probability that each narrow beam of Set A is the best one."""
+        return torch.softmax(self.student(l1_rsrp_dbm, l1_rsrp_mask) / self.temperature, dim=-1)
+
+
+def masked_modelling_loss(
+    model: BeamTransformer, l1_rsrp_dbm: Tensor, l1_rsrp_mask: Tensor, low: float = 0.3, high: float = 0.5
+) -> Tensor:
+    """Hide a share (`low` to `high`, drawn a sample) of the reported entries; Huber loss of their reconstruction.
+
+    The target is the entry relative to the strongest report left, scaled as the input is, so that the loss has no
+    unit. Draws from torch's global generator.
+    """
+    there = l1_rsrp_mask > 0
+    share = low + (high - low) * torch.rand(len(there), 1, 1, device=there.device)
+    hidden = there & (torch.rand(there.shape, device=there.device) < share)
+    left = there & ~hidden
+    # Without any report left there is no reference to be relative to.
+    hidden = hidden & left.flatten(1).any(dim=1)[:, None, None]
+    normalizer = model.normalizer
+    _, strongest = normalizer._relative(l1_rsrp_dbm, left)
+    relative = (l1_rsrp_dbm - strongest.unsqueeze(-1)).clamp(min=_FLOOR_DB, max=-_FLOOR_DB)
+    target = (relative - normalizer.shape_mean) / normalizer.shape_std
+    guess = model.reconstruct(l1_rsrp_dbm, left)
+    error = functional.huber_loss(guess[hidden], target[hidden], reduction="sum")
+    return error / hidden.sum().clamp(min=1)
