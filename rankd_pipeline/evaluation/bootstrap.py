@@ -1,0 +1,218 @@
+"""Estimates with 95 % intervals from the evaluation table, resampled by drop.
+
+Drops, not rows, are resampled, because samples of one drop share a topology (Efron and Tibshirani, "An Introduction to
+the Bootstrap", 1993, ch. 8). Terms of one estimate that lie on the same split see the same resampled drops (paired),
+different splits are resampled independently. Intervals are percentile intervals of 2,000 resamples.
+
+Aggregates, written as text so that a gate's YAML can hold them:
+
+    mean              n-weighted mean over all samples
+    quantile(q)       n-weighted inverse of the empirical distribution, 0 < q < 1 (write the metric one row a sample)
+    worst_cell        the worst n-weighted mean over cells; worst_cell(site) groups by that part of the cell only
+    ece               from the rows ``ece_bin_XX`` (value = mean of confidence − correct):
+                      ECE = sum over bins |sum over units n·value| / sum n     (Naeini et al. 2015; Guo et al. 2017)
+
+``ece`` and ``worst_cell`` are not smooth: resampling adds noise that can only push them up (down), so their percentile
+interval would not even hold the estimate. It is shifted by the bootstrap's own estimate of that bias.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from rankd_pipeline.errors import RankdError
+from rankd_pipeline.evaluation.gates import parse_aggregate, split_term
+from rankd_pipeline.evaluation.table import parse_cell, select
+
+RESAMPLES = 2000
+MIN_CELL_SAMPLES = 30  # a cell with fewer says nothing about its mean, and would always be "the worst"
+
+Where = Mapping[str, str | list[str]]
+Statistic = Callable[[np.ndarray], np.ndarray]  # weights of units [R, U] -> value of each resample [R]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A point value with its 95 % interval (None where there are fewer than two drops to resample)."""
+
+    value: float
+    ci95: tuple[float, float] | None
+    n_units: int
+    n_samples: int
+
+
+def estimate(
+    table: pd.DataFrame,
+    plus: Sequence[str] | str,
+    minus: Sequence[str] = (),
+    *,
+    metric: str,
+    aggregate: str = "mean",
+    where: Where | None = None,
+    higher_is_better: bool = True,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Estimate:
+    """Sum of the aggregates of ``plus`` minus that of ``minus``, with its interval.
+
+    Args:
+        table: a long evaluation table.
+        plus, minus: terms ``"model@split"``.
+        metric: the metric's name; for ``aggregate="ece"`` any name, the rows ``ece_bin_*`` are read.
+        where: filter on parts of the cell.
+        higher_is_better: of the metric; it decides which cell is the worst one.
+        seed: two calls with the same seed see the same resampled drops of a split that has the same drops.
+    Raises:
+        RankdError: a term has no rows; the message says what there is.
+    """
+    name, argument = parse_aggregate(aggregate)
+    signed = [(+1.0, t) for t in ([plus] if isinstance(plus, str) else plus)] + [(-1.0, t) for t in minus]
+    by_split: dict[str, list[tuple[float, pd.DataFrame]]] = {}
+    for sign, term in signed:
+        rows = _rows(table, term, metric, name, where)
+        by_split.setdefault(split_term(term)[1], []).append((sign, rows))
+
+    value, smallest, n_samples = 0.0, np.iinfo(np.int64).max, 0
+    draws = np.zeros(resamples)
+    for split, terms in by_split.items():
+        units = np.unique(np.concatenate([rows["unit"].to_numpy() for _, rows in terms]))
+        statistics = [
+            (sign, _statistic(rows, np.searchsorted(units, rows["unit"].to_numpy()), len(units),
+                              name, argument, higher_is_better))
+            for sign, rows in terms
+        ]  # fmt: skip
+        value += sum(sign * float(stat(np.ones((1, len(units))))[0]) for sign, stat in statistics)
+        start = 0
+        for weights in resampled_weights(len(units), resamples, seed, split):
+            stop = start + len(weights)
+            draws[start:stop] += sum(sign * stat(weights) for sign, stat in statistics)
+            start = stop
+        smallest = min(smallest, len(units))
+        n_samples += max(_count(rows) for _, rows in terms)
+    enough = smallest >= 2 and resamples > 0
+    ci95 = _interval(value, draws, centred=name in ("ece", "worst_cell")) if enough else None
+    if ci95 and name == "ece" and not minus:
+        ci95 = (max(ci95[0], 0.0), ci95[1])
+    return Estimate(value, ci95, int(smallest), n_samples)
+
+
+def resampled_weights(n_units: int, resamples: int, seed: int, split: str, chunk: int = 100) -> Iterator[np.ndarray]:
+    """Yield multinomial weights [chunk, n_units] of drops drawn with replacement, reproducible by seed and split."""
+    key = int.from_bytes(hashlib.sha256(split.encode()).digest()[:8], "big")
+    rng = np.random.default_rng([seed, key])
+    for start in range(0, resamples, chunk):
+        rows = min(chunk, resamples - start)
+        yield np.stack([np.bincount(rng.integers(0, n_units, n_units), minlength=n_units) for _ in range(rows)]).astype(np.float64)
+
+
+def slices(
+    table: pd.DataFrame,
+    *,
+    by: str,
+    metric: str,
+    models: Sequence[str],
+    splits: Sequence[str],
+    aggregate: str = "mean",
+    higher_is_better: bool = True,
+    seed: int = 0,
+    resamples: int = 500,
+) -> pd.DataFrame:
+    """One estimate for each split, value of cell part ``by``, model: columns split, <by>, model, value, lo, hi, n."""
+    out = []
+    for split in splits:
+        rows = select(table, split=split, metric="ece_bin_*" if aggregate == "ece" else metric)
+        values = {parse_cell(str(c)).get(by) for c in rows["cell"].unique()} - {None}
+        for part in sorted(str(v) for v in values):
+            for model in models:
+                if select(rows, model=model, where={by: part}).empty:
+                    continue
+                e = estimate(rows, f"{model}@{split}", metric=metric, aggregate=aggregate, where={by: part},
+                             higher_is_better=higher_is_better, seed=seed, resamples=resamples)  # fmt: skip
+                lo, hi = e.ci95 or (np.nan, np.nan)
+                out.append((split, part, model, e.value, lo, hi, e.n_samples))
+    return pd.DataFrame(out, columns=["split", by, "model", "value", "lo", "hi", "n"])
+
+
+def _rows(table: pd.DataFrame, term: str, metric: str, aggregate: str, where: Where | None) -> pd.DataFrame:
+    model, split = split_term(term)
+    metric = "ece_bin_*" if aggregate == "ece" else metric
+    rows = select(table, model=model, split=split, metric=metric, where=where)
+    if rows.empty:
+        there = sorted(f"{m}@{s}" for m, s in set(zip(table["model"], table["split"], strict=True)))
+        filtered = f" where {dict(where)}" if where else ""
+        raise RankdError(
+            f"Evaluation table has no {metric} for {term}{filtered}; it holds metrics "
+            f"{sorted(map(str, table['metric'].unique()))} for {there}."
+        )
+    return rows
+
+
+def _statistic(
+    rows: pd.DataFrame, unit: np.ndarray, n_units: int, name: str, argument: str | None, higher_is_better: bool
+) -> Statistic:
+    """The aggregate as a function of the weights of the units; ``unit`` is each row's position among the units."""
+    n = rows["n"].to_numpy(np.float64)
+    value = rows["value"].to_numpy(np.float64)
+    if name == "quantile":
+        order = np.argsort(value, kind="stable")
+        return _quantile(value[order], n[order], unit[order], float(argument or 0.5))
+    # Groups are cells for worst_cell, bins for ece, and one for mean.
+    group = (
+        _cell_groups(rows, argument) if name == "worst_cell" else pd.factorize(rows["metric"].astype(str).to_numpy(), sort=True)[0]
+    )
+    groups = int(group.max()) + 1
+    where = unit * groups + group
+    total_UG = np.bincount(where, n * value, n_units * groups).reshape(n_units, groups)
+    count_UG = np.bincount(where, n, n_units * groups).reshape(n_units, groups)
+    if name == "ece":
+        return lambda w: np.abs(w @ total_UG).sum(1) / (w @ count_UG.sum(1))
+    if name == "mean":
+        return lambda w: _ratio(w @ total_UG[:, 0], w @ count_UG[:, 0])
+    big = count_UG.sum(0) >= min(MIN_CELL_SAMPLES, count_UG.sum(0).max())
+    total_UG, count_UG = total_UG[:, big], count_UG[:, big]
+    worst = np.fmin if higher_is_better else np.fmax  # a cell that a resample misses has no say in it
+    return lambda w: worst.reduce(_ratio(w @ total_UG, w @ count_UG), axis=1)
+
+
+def _quantile(value: np.ndarray, n: np.ndarray, unit: np.ndarray, q: float) -> Statistic:
+    def quantile(weights: np.ndarray) -> np.ndarray:
+        out = np.empty(len(weights))
+        for i, w in enumerate(weights):
+            cumulative = np.cumsum(w[unit] * n)
+            # The first value whose share of the samples reaches q; the guard keeps q·total from rounding just past it.
+            at = np.searchsorted(cumulative, q * cumulative[-1] * (1 - 1e-12))
+            out[i] = value[min(at, len(value) - 1)] if cumulative[-1] > 0 else np.nan
+        return out
+
+    return quantile
+
+
+def _cell_groups(rows: pd.DataFrame, part: str | None) -> np.ndarray:
+    cells = rows["cell"].astype(str)
+    if part is not None:
+        names = {c: parse_cell(c).get(part) for c in cells.unique()}
+        if None in names.values():
+            raise RankdError(f"worst_cell({part}): the cells have no part '{part}'; they look like {cells.iloc[0]!r}.")
+        return pd.factorize(np.array([names[c] for c in cells]), sort=True)[0]
+    return pd.factorize(cells.to_numpy(), sort=True)[0]
+
+
+def _ratio(total: np.ndarray, count: np.ndarray) -> np.ndarray:
+    return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
+
+
+def _count(rows: pd.DataFrame) -> int:
+    """Samples behind a term: rows of several bins (or of one metric) add up to the samples seen."""
+    return int(rows["n"].to_numpy().sum())
+
+
+def _interval(value: float, draws: np.ndarray, centred: bool) -> tuple[float, float] | None:
+    good = draws[np.isfinite(draws)]
+    if len(good) < 0.95 * len(draws):  # too few drops in the slice: most resamples miss them
+        return None
+    lo, hi = np.quantile(good, [0.025, 0.975])
+    bias = float(good.mean()) - value if centred else 0.0
+    return float(lo - bias), float(hi - bias)
