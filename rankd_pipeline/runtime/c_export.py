@@ -1,0 +1,184 @@
+"""From the deployed ONNX file to portable C without libraries or malloc, and a way to call it on numpy batches.
+
+emx-onnx-cgen writes the arithmetic; here its output is given one exported function, a header, and nothing else. Shipped
+builds use portable flags and no -ffast-math, so that C and onnxruntime agree to rounding.
+"""
+
+import contextlib
+import ctypes
+import hashlib
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from rankd_pipeline.errors import RankdError
+from rankd_pipeline.runtime.onnx_export import pin_batch, verify_onnx
+from rankd_pipeline.runtime.signature import ModelSignature
+
+WEIGHTS_MAX_BYTES = 4 << 20  # beyond, the C source is tens of MB; such networks run faster on onnxruntime anyway
+# -std=c11 also switches floating-point contraction off: the same rounding with and without FMA units.
+PORTABLE_FLAGS = ("-std=c11", "-O3", "-Wall", "-Werror")
+NATIVE_FLAGS = (*PORTABLE_FLAGS, "-march=native")
+
+
+@dataclass(frozen=True)
+class CSource:
+    """Generated C: one source with one exported function `name`, and its header."""
+
+    name: str
+    source: Path
+    header: Path
+
+
+def compiler() -> str | None:
+    """Path of the C compiler, or None where there is none (C candidates are then "not built")."""
+    return shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
+
+
+def generate_c(onnx_path: Path, out_dir: Path, name: str) -> CSource:
+    """Write `name`.c and `name`.h into `out_dir`: the model for one sample a call; the same file gives the same bytes.
+
+    Raises RankdError where the generator does not know an operator or the weights exceed WEIGHTS_MAX_BYTES.
+    """
+    if not name.isidentifier():
+        raise RankdError(f"{name!r} cannot name a C function; expected letters, digits and underscores.")
+    model = verify_onnx(onnx_path)
+    weight_bytes = sum(tensor.ByteSize() for tensor in model.graph.initializer)
+    if weight_bytes > WEIGHTS_MAX_BYTES:
+        raise RankdError(
+            f"{onnx_path} holds {weight_bytes >> 20} MiB of weights, too much for C source "
+            f"(at most {WEIGHTS_MAX_BYTES >> 20} MiB); use onnxruntime or OpenVINO."
+        )
+    checksum = hashlib.sha256(Path(onnx_path).read_bytes()).hexdigest()
+    source = _tidy(_emit(model, name, checksum, onnx_path), name)
+    prototype = _prototype(source, name)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    result = CSource(name=name, source=out_dir / f"{name}.c", header=out_dir / f"{name}.h")
+    result.source.write_text(source)
+    result.header.write_text(_header(prototype, name, checksum))
+    return result
+
+
+def build_shared(csrc: CSource, out_dir: Path, native: bool = False) -> Path:
+    """Compile `csrc` into a shared library; `native` adds -march=native (a labelled option, never shipped)."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    library = out_dir / f"{csrc.name}.{'native' if native else 'portable'}.so"
+    compile_c([csrc.source], library, ("-fPIC", "-shared"), native)
+    return library
+
+
+def compile_c(sources: list[Path], target: Path, extra: tuple[str, ...] = (), native: bool = False) -> None:
+    """Run the C compiler on `sources`; raises RankdError without one or with its first error line."""
+    found = compiler()
+    if found is None:
+        raise RankdError("No C compiler here (gcc, cc or clang); install one or use the onnxruntime candidate.")
+    flags = NATIVE_FLAGS if native else PORTABLE_FLAGS
+    command = [found, *flags, *extra, *(str(path) for path in sources), "-o", str(target), "-lm"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
+        raise RankdError(f"{found} cannot build {target.name}: {first}")
+
+
+class CModel:
+    """The compiled C function as a callable on numpy batches, for parity and scoring (not for timing)."""
+
+    def __init__(self, path: Path, signature: ModelSignature) -> None:
+        """Load the library `path` made by `build_shared` from a model with this `signature`."""
+        try:
+            library = ctypes.CDLL(str(Path(path).resolve()))
+            self._function = getattr(library, Path(path).name.split(".")[0])
+        except (OSError, AttributeError) as error:
+            raise RankdError(f"{path} is not a library built by rankd: {error}") from error
+        self._function.restype = None
+        self._function.argtypes = [ctypes.c_void_p] * (len(signature.inputs) + len(signature.outputs))
+        self.signature = signature
+
+    def __call__(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run each sample of `inputs` (`[n, *shape]`); returns outputs `[n, *shape]`."""
+        specs = self.signature.inputs
+        rows = [np.ascontiguousarray(inputs[spec.name], dtype=spec.dtype) for spec in specs]
+        count = len(rows[0])
+        for spec, values in zip(specs, rows, strict=True):
+            if values.shape != (count, *spec.shape):
+                raise RankdError(f"Input {spec.name} has shape {values.shape}; expected ({count}, {spec.shape}).")
+        outputs = {spec.name: np.empty((count, *spec.shape), dtype=spec.dtype) for spec in self.signature.outputs}
+        arrays = [*rows, *outputs.values()]
+        starts = [array.ctypes.data for array in arrays]
+        strides = [array.nbytes // max(count, 1) for array in arrays]
+        for index in range(count):
+            self._function(*(start + index * step for start, step in zip(starts, strides, strict=True)))
+        return outputs
+
+
+def _emit(model: onnx.ModelProto, name: str, checksum: str, onnx_path: Path) -> str:
+    """The generator's own output for one sample a call, everything on the stack and inside the source."""
+    from emx_onnx_cgen import Compiler
+    from emx_onnx_cgen.compiler import CompilerOptions
+
+    pinned = pin_batch(model)
+    del pinned.metadata_props[:]  # lineage stays in the ONNX file; the checksum ties the C source to it
+    options = CompilerOptions(
+        model_name=name, model_checksum=checksum, large_temp_threshold_bytes=0, large_weight_threshold=1 << 40
+    )
+    try:
+        # The generator raises its own and onnx's errors alike for what it cannot translate.
+        return Compiler(options).compile(pinned)
+    except Exception as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RankdError(f"{onnx_path} cannot be written as C: {first_line}") from error
+
+
+def _tidy(source: str, name: str) -> str:
+    """One exported symbol: weights become static, the unused loader goes; refuse anything that allocates."""
+    source = re.sub(r"^extern const [^;]*;\n", "", source, flags=re.M)
+    source = re.sub(r"^const EMX_UNUSED", "static const EMX_UNUSED", source, flags=re.M)
+    source = re.sub(rf"^_Bool {name}_load\(const char \*path\) \{{.*?^\}}\n", "", source, flags=re.M | re.S)
+    if re.search(r"\b(malloc|calloc|realloc|fopen)\s*\(", source):
+        raise RankdError(f"The C generated for {name} allocates memory or reads files; use onnxruntime for this model.")
+    return re.sub(r"\n{3,}", "\n\n", source)
+
+
+def _prototype(source: str, name: str) -> str:
+    found = re.search(rf"^void {name}\((.*?)\) \{{", source, flags=re.M | re.S)
+    if found is None:
+        raise RankdError(f"The C generated for {name} has no function of that name; this emx-onnx-cgen is not supported.")
+    # `restrict` is a promise between caller and function; C++ callers cannot read it, C callers need not.
+    return f"void {name}({found.group(1).replace('restrict ', '')});"
+
+
+def _header(prototype: str, name: str, checksum: str) -> str:
+    guard = f"{name.upper()}_H"
+    return (
+        f"/* {name}: one sample a call, no allocation, no global state. Inputs first, then outputs.\n"
+        f" * Generated from the ONNX file with sha256 {checksum}. */\n"
+        f"#ifndef {guard}\n#define {guard}\n\n#include <stdbool.h>\n#include <stdint.h>\n\n"
+        f'#ifdef __cplusplus\nextern "C" {{\n#endif\n\n{prototype}\n\n'
+        f"#ifdef __cplusplus\n}}\n#endif\n\n#endif\n"
+    )
+
+
+def parameters(csrc: CSource) -> list[str]:
+    """The C declarations of the function's parameters, inputs first, as the header has them."""
+    found = re.search(rf"^void {csrc.name}\((.*?)\);", csrc.header.read_text(), flags=re.M | re.S)
+    if found is None:
+        raise RankdError(f"{csrc.header} does not declare {csrc.name}; generate it again.")
+    return [part.strip() for part in found.group(1).split(", ")]
+
+
+def is_buildable(onnx_path: Path, out_dir: Path, name: str) -> tuple[CSource | None, str]:
+    """(source, "") where this host can build the model as C, otherwise (None, why not)."""
+    if compiler() is None:
+        return None, "not built: no C compiler on this host"
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            return generate_c(onnx_path, out_dir, name), ""
+        except RankdError as error:
+            return None, f"not built: {error}"
+    return None, f"not built: {onnx_path} is missing"
