@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 
 class Progress:
     """Writes {step, done, total, text, started, pid} to one file per step, at most five times a second.
@@ -45,18 +47,22 @@ def progress_of(folder: Path | None, pipeline: str, step: str) -> Iterator[Progr
     """Progress of one step under `folder` (None: silent); the file goes away with the step."""
     path = folder / pipeline / f"{step}.json" if folder is not None else None
     try:
-        yield Progress(path, step)
+        progress = Progress(path, step)
+        progress(0, 0)  # seen to run before its first unit of work is done
+        yield progress
     finally:
         if path is not None:
             path.unlink(missing_ok=True)
 
 
 def read_progress(folder: Path, pipeline: str) -> list[dict[str, Any]]:
-    """What the steps of `pipeline` last said, oldest first; a file half replaced is skipped, not an error."""
+    """What the steps of `pipeline` last said, oldest first; what a killed step left is skipped."""
     states = []
     for path in sorted((folder / pipeline).glob("*.json")):
         try:
-            states.append(json.loads(path.read_text()))
-        except (OSError, ValueError):
+            state = json.loads(path.read_text())
+            if psutil.pid_exists(state["pid"]):  # else its step was killed and could not take the file away
+                states.append(state)
+        except (OSError, ValueError, KeyError, TypeError):
             continue
     return sorted(states, key=lambda state: state["started"])

@@ -4,6 +4,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from rankd_pipeline.errors import RankdError
+
 TELEMETRY_OFF = {
     "DAGSTER_DISABLE_TELEMETRY": "yes",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -54,8 +56,15 @@ def settings() -> Settings:
         store_uri=os.environ.get("RANKD_STORE", str(home / "store")),
         mlflow_uri=os.environ.get("RANKD_MLFLOW_URI", f"sqlite:///{home / 'mlflow' / 'mlflow.db'}"),
         postgres_url=os.environ.get("RANKD_DAGSTER_POSTGRES_URL") or None,
-        workers=int(os.environ.get("RANKD_WORKERS", len(os.sched_getaffinity(0)))),
+        workers=_workers(),
     )
+
+
+def _workers() -> int:
+    text = os.environ.get("RANKD_WORKERS", "")
+    if text and not (text.isdecimal() and int(text) > 0):
+        raise RankdError(f"RANKD_WORKERS: found {text!r}, expected a whole number of processes from 1 up.")
+    return int(text) if text else len(os.sched_getaffinity(0))
 
 
 def prepare_environment() -> Settings:
@@ -65,3 +74,14 @@ def prepare_environment() -> Settings:
     os.environ["RANKD_HOME"] = str(current.home)
     os.environ["DAGSTER_HOME"] = str(current.dagster_home)
     return current
+
+
+def inside(root: Path, name: str, where: str) -> Path:
+    """`name` as a path inside `root`, links followed.
+
+    Raises: RankdError if it leads out of `root`.
+    """
+    path = (root / name).resolve()
+    if not path.is_relative_to(root.resolve()):
+        raise RankdError(f"{where}: {name!r} leads out of {root}; give a path inside it.")
+    return path

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -105,8 +106,18 @@ class Artifact:
 
     @property
     def observed(self) -> dict[str, Any]:
-        """Times, run ids and measurements: true of this making, no part of the version."""
-        return json.loads((self.path / OBSERVED).read_text())
+        """Times, run ids and measurements: true of this making, no part of the version.
+
+        Raises: ArtifactDamaged if the file is missing or no JSON object.
+        """
+        path = self.path / OBSERVED
+        try:
+            value = json.loads(path.read_text())
+        except (OSError, ValueError):
+            value = None
+        if not isinstance(value, dict):
+            raise ArtifactDamaged(f"{path}: missing or not a JSON object; delete the folder and run again.")
+        return value
 
     @property
     def manifest_sha256(self) -> str:
@@ -119,9 +130,9 @@ class Artifact:
         return path
 
     def verify(self) -> None:
-        """Check every file against the manifest.
+        """Check every file against the manifest, and that no file was added: a stray shard would be read with the others.
 
-        Raises: ArtifactDamaged naming the first file whose hash differs.
+        Raises: ArtifactDamaged naming the first file whose hash differs or that the manifest does not list.
         """
         for name, entry in self.manifest["files"].items():
             path = self.path / name
@@ -131,6 +142,9 @@ class Artifact:
                     f"{path}: its manifest expects sha256 {entry['sha256'][:12]}…, found {found[:12]}; the file was truncated or "
                     f"edited. Delete the folder {self.path} and run again: it is remade from its inputs."
                 )
+        added = _relative_files(self.path) - set(self.manifest["files"])
+        if added:
+            raise ArtifactDamaged(f"{self.path / min(added)}: its manifest does not list it; move the file away and run again.")
 
 
 @dataclass
@@ -147,6 +161,16 @@ class Draft:
     observed: dict[str, Any] = field(default_factory=dict)
     volatile: set[str] = field(default_factory=set)
     skipped: str | None = None
+
+
+@dataclass
+class RunUse:
+    """What one run reached: the recipe of each step it made or took from the store. last_used: seconds since 1970."""
+
+    run_id: str
+    scale: str
+    recipes: dict[str, str]
+    last_used: float
 
 
 class Store:
@@ -170,20 +194,30 @@ class Store:
         return self.local / pipeline / step / recipe
 
     def get(self, pipeline: str, step: str, recipe: str) -> Artifact | None:
-        """The complete artifact of `recipe`, or None."""
+        """The complete artifact of `recipe`, or None; a remote one is brought into the cache first.
+
+        Raises: ArtifactDamaged if its manifest is unreadable or was edited. Files are checked by `Artifact.verify`.
+        """
         folder = self.folder(pipeline, step, recipe)
         if not (folder / MANIFEST).is_file() and not (not self.is_local and self._download(folder)):
             return None
         return _read_artifact(folder)
 
     def artifacts(self, pipeline: str | None = None, step: str | None = None) -> Iterator[Artifact]:
-        """All complete artifacts, in path order."""
+        """All complete artifacts, in path order; one whose manifest is damaged is left out (`get` tells of it).
+
+        Of a remote store only the manifests are brought here: use `get` for the files.
+        """
         pattern = f"{self._root}/{pipeline or '*'}/{step or '*'}/*/{MANIFEST}"
         for found in sorted(str(path) for path in self._fs.glob(pattern)):
             *_, owner, name, recipe, _ = found.split("/")
-            artifact = self.get(owner, name, recipe)
-            if artifact is not None:
-                yield artifact
+            folder = self.folder(owner, name, recipe)
+            if not (folder / MANIFEST).is_file():
+                folder = self._bring_manifest(folder)
+            try:
+                yield _read_artifact(folder)
+            except ArtifactDamaged:
+                continue
 
     # -- writing ------------------------------------------------------------------------------------------------
     @contextmanager
@@ -219,19 +253,24 @@ class Store:
         return Draft(recipe, folder / "out", folder / "scratch")
 
     def publish(self, draft: Draft, inputs: Mapping[str, Artifact]) -> Artifact:
-        """Hash, write the manifest, and move the draft to its address by one rename."""
+        """Hash, write the manifest, and move the draft to its address by one rename.
+
+        Files called `*.tmp` are what a killed attempt left half written: they are dropped.
+        """
         recipe = draft.recipe
-        files = {
-            str(path.relative_to(draft.out)): {
-                "sha256": sha256_file(path),
-                "bytes": path.stat().st_size,
-                "deterministic": str(path.relative_to(draft.out)) not in draft.volatile,
-            }
-            for path in sorted(draft.out.rglob("*"))
-            if path.is_file() and path.name not in (MANIFEST, OBSERVED)
-        }
+        for path in draft.out.rglob("*.tmp"):
+            path.unlink()
+        files = {}
+        for name in sorted(_relative_files(draft.out)):
+            path = draft.out / name
+            _sync(path)  # before the rename, or a power failure could leave a whole-looking artifact with empty files
+            deterministic = name not in draft.volatile
+            files[name] = {"sha256": sha256_file(path), "bytes": path.stat().st_size, "deterministic": deterministic}
         content = {name: entry["sha256"] for name, entry in files.items() if entry["deterministic"]}
-        metrics = json.loads(canonical_json(draft.metrics))
+        try:
+            metrics = json.loads(canonical_json(draft.metrics))
+        except ValueError as error:
+            raise RankdError(f"{recipe.step}: a metric cannot be written as JSON ({error}); nothing was published.") from None
         manifest = {
             "recipe": recipe.as_json(),
             "recipe_digest": recipe.digest,
@@ -249,26 +288,63 @@ class Store:
             "metrics": metrics,
             "skipped": draft.skipped,
         }
+        manifest["seal"] = sha256_text(canonical_json(manifest))
         _write_json(draft.out / OBSERVED, draft.observed)
         _write_json(draft.out / MANIFEST, manifest)
         target = self.folder(recipe.pipeline, recipe.step, recipe.digest)
         target.parent.mkdir(parents=True, exist_ok=True)
         if not self.is_local:
             self._upload(draft.out, target)
+        if target.exists():  # without a manifest: a removal that was killed half way, or a manifest deleted by hand
+            shutil.rmtree(target)
         os.rename(draft.out, target)
+        _sync(target.parent)
         shutil.rmtree(draft.scratch.parent, ignore_errors=True)
         return Artifact(target, manifest, cached=False)
 
+    def note_use(self, artifact: Artifact, run_id: str) -> None:
+        """Remember that a run made or reused this artifact; what the last runs reached is what `rankd gc` keeps."""
+        entry = {"scale": artifact.manifest["recipe"]["scale"], "recipe": artifact.recipe, "time": time.time()}
+        folder = f"{self._root.rstrip('/')}/.runs/{artifact.pipeline}/{run_id}"
+        self._fs.makedirs(folder, exist_ok=True)
+        self._fs.pipe_file(f"{folder}/{artifact.step}.json", json.dumps(entry).encode())
+
+    def runs(self, pipeline: str) -> list["RunUse"]:
+        """What each run reached, the latest first; a note cut short by a power failure is left out."""
+        found: dict[str, RunUse] = {}
+        for path in self._fs.glob(f"{self._root.rstrip('/')}/.runs/{pipeline}/*/*.json"):
+            run_id, step = str(path).removesuffix(".json").split("/")[-2:]
+            try:
+                entry = json.loads(self._fs.cat_file(path))
+                use = found.setdefault(run_id, RunUse(run_id, entry["scale"], {}, 0.0))
+                use.recipes[step], use.last_used = entry["recipe"], max(use.last_used, entry["time"])
+            except (ValueError, KeyError, TypeError):
+                continue
+        return sorted(found.values(), key=lambda use: (-use.last_used, use.run_id))
+
     def remove(self, artifact: Artifact) -> None:
         """Delete one artifact; the manifest goes first, so that a stop half way leaves nothing that looks whole."""
-        (artifact.path / MANIFEST).unlink()
+        folder = self.folder(artifact.pipeline, artifact.step, artifact.recipe)
         if not self.is_local:
-            self._fs.rm(self._remote(artifact.path), recursive=True)
-        shutil.rmtree(artifact.path)
+            self._fs.rm(f"{self._remote(folder)}/{MANIFEST}")
+            self._fs.rm(self._remote(folder), recursive=True)
+            shutil.rmtree(self._index(folder), ignore_errors=True)
+        (folder / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=not self.is_local)
 
     # -- remote stores ------------------------------------------------------------------------------------------
     def _remote(self, local: Path) -> str:
         return f"{self._root.rstrip('/')}/{local.relative_to(self.local).as_posix()}"
+
+    def _index(self, folder: Path) -> Path:
+        return self.local / ".index" / folder.relative_to(self.local)
+
+    def _bring_manifest(self, folder: Path) -> Path:
+        index = self._index(folder)
+        index.mkdir(parents=True, exist_ok=True)
+        for name in (OBSERVED, MANIFEST):
+            self._fs.get_file(f"{self._remote(folder)}/{name}", str(index / name))
+        return index
 
     def _upload(self, out: Path, target: Path) -> None:
         remote = self._remote(target)
@@ -299,17 +375,30 @@ class Store:
 def _read_artifact(folder: Path) -> Artifact:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        version, files = manifest["version"], manifest["files"]
-        content = {name: entry["sha256"] for name, entry in files.items() if entry["deterministic"]}
-        expected = sha256_text(canonical_json([content, manifest["metrics"], manifest["skipped"]]))[:RECIPE_LENGTH]
-    except (ValueError, KeyError, TypeError) as error:
+        seal = sha256_text(canonical_json({key: value for key, value in manifest.items() if key != "seal"}))
+        whole = manifest["seal"] == seal and manifest["recipe_digest"] == folder.name
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactDamaged(
             f"{folder / MANIFEST}: not a readable manifest ({type(error).__name__}); delete the folder and run again."
         ) from None
-    if expected != version or folder.name != manifest["recipe_digest"]:
+    if not whole:
         raise ArtifactDamaged(f"{folder / MANIFEST}: was edited after it was written; delete the folder and run again.")
     return Artifact(folder, manifest)
 
 
+def _relative_files(folder: Path) -> set[str]:
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    return found - {MANIFEST, OBSERVED}
+
+
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -45,7 +45,7 @@ class Ledger:
         """
         if not self.path.exists():
             return []
-        text = self.path.read_text()
+        text = self.path.read_text(errors="replace")
         lines = text.split("\n")[:-1]
         entries = []
         for number, line in enumerate(lines, 1):
