@@ -1,6 +1,6 @@
 """Profile one ONNX model on this machine: how long one call takes, with its tail, against a time budget.
 
-Needs only numpy and onnxruntime:   python profile.py model.onnx --budget-us 100
+Needs only numpy and onnxruntime:   python profile_model.py model.onnx --budget-us 100
 
 What is measured, and why so:
 - one thread, pinned to one core, memory locked, garbage collector off, real-time priority in bursts where permitted
@@ -9,7 +9,8 @@ What is measured, and why so:
   figures are judged, because back to back flatters;
 - a `control` of fixed arithmetic of like length in every slot. It touches no memory, so its tail is the host's own.
 
-rankd runs this very file as its worker, and a bundle carries a copy of it for the target machine.
+rankd runs this very file as its worker, and a bundle carries a copy of it for the target machine
+(not called profile.py, which would shadow a module of the standard library).
 """
 
 import argparse
@@ -26,10 +27,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-
-# This file is called profile.py in a bundle: its folder must not shadow the standard library's `profile`.
-if __name__ == "__main__":
-    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 import numpy as np
 import onnxruntime as ort
