@@ -69,9 +69,7 @@ def quantize_int8(
     save(int8, int8_path)
 
 
-def _ranges(
-    fp32_path: Path, calibration: Iterable[Mapping[str, np.ndarray]], scratch: Path
-) -> TensorsData:
+def _ranges(fp32_path: Path, calibration: Iterable[Mapping[str, np.ndarray]], scratch: Path) -> TensorsData:
     """Smallest and largest value of each tensor to quantize, folded batch by batch.
 
     onnxruntime's own option for this (CalibMaxIntermediateOutputs) drops the batches it should fold (1.31), so each
@@ -102,11 +100,11 @@ class _OneBatch(CalibrationDataReader):
     """A stream of one batch, the only one in memory."""
 
     def __init__(self, batch: Mapping[str, np.ndarray]) -> None:
-        self._batch: dict[str, np.ndarray] | None = dict(batch)
+        self._batch = dict(batch)
 
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        """The batch, then None."""
-        batch, self._batch = self._batch, None
+    def get_next(self) -> dict[str, np.ndarray]:
+        """The batch, then an empty one, which ends the stream."""
+        batch, self._batch = self._batch, {}
         return batch
 
 

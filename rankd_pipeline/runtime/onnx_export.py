@@ -11,15 +11,18 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
 import onnxruntime as ort
-import torch
 from onnx import numpy_helper
 
 from rankd_pipeline.errors import RankdError
 from rankd_pipeline.runtime.signature import ModelSignature, TensorSpec
+
+if TYPE_CHECKING:
+    import torch
 
 IR_VERSION_MAX = 13  # onnxruntime 1.31 loads no later one
 OPSETS_ALLOWED = range(17, 22)
@@ -28,7 +31,7 @@ BATCH_AXIS = "batch"
 
 
 def export_onnx(
-    module: torch.nn.Module,
+    module: "torch.nn.Module",
     signature: ModelSignature,
     path: Path,
     metadata: Mapping[str, str],
@@ -41,7 +44,12 @@ def export_onnx(
     the signature itself are written as `metadata_props`. Raises RankdError if the module does not fit its signature or
     the graph holds what the runtimes here do not run.
     """
+    import torch  # here, so that opening and profiling a file does not load PyTorch
+
     module = module.eval()
+    for spec in (*signature.inputs, *signature.outputs):
+        if not spec.name.isidentifier():  # the name becomes a C parameter
+            raise RankdError(f"Model {signature.name}: tensor name {spec.name!r} is no identifier; use letters and _.")
     example = tuple(_example(spec) for spec in signature.inputs)
     _check_outputs(module, example, signature)
     batch = torch.export.Dim(BATCH_AXIS)
@@ -156,9 +164,7 @@ def read_signature(path: Path, budget_us: float | None = None, slot_us: float | 
     return signature.model_copy(update={key: value for key, value in changes.items() if value is not None})
 
 
-def run_batches(
-    session: ort.InferenceSession, inputs: Mapping[str, np.ndarray], batch: int = 1024
-) -> dict[str, np.ndarray]:
+def run_batches(session: ort.InferenceSession, inputs: Mapping[str, np.ndarray], batch: int = 1024) -> dict[str, np.ndarray]:
     """Run `inputs` (`[n, *shape]` each) through `session` in slices of `batch`; returns outputs `[n, *shape]`."""
     static = session.get_inputs()[0].shape[0] if session.get_inputs()[0].shape else None
     step = static if isinstance(static, int) else batch
@@ -166,11 +172,12 @@ def run_batches(
     if count == 0 or count % (step if isinstance(static, int) else 1):
         raise RankdError(f"{count} samples given; the model's batch of {step} needs a positive multiple of it.")
     names = [output.name for output in session.get_outputs()]
-    pieces = [
-        session.run(names, {name: values[start : start + step] for name, values in inputs.items()})
-        for start in range(0, count, step)
-    ]
-    return {name: np.concatenate([piece[index] for piece in pieces]) for index, name in enumerate(names)}
+    pieces: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    for start in range(0, count, step):
+        outputs = session.run(names, {name: values[start : start + step] for name, values in inputs.items()})
+        for name, values in zip(names, outputs, strict=True):
+            pieces[name].append(np.asarray(values))
+    return {name: np.concatenate(parts) for name, parts in pieces.items()}
 
 
 def pin_batch(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -185,12 +192,16 @@ def pin_batch(model: onnx.ModelProto) -> onnx.ModelProto:
     return pinned
 
 
-def _example(spec: TensorSpec) -> torch.Tensor:
+def _example(spec: TensorSpec) -> "torch.Tensor":
     """Two samples that trace cleanly: ones, so that a mask says "reported"."""
+    import torch
+
     return torch.ones((2, *spec.shape), dtype=getattr(torch, spec.dtype))
 
 
-def _check_outputs(module: torch.nn.Module, example: tuple[torch.Tensor, ...], signature: ModelSignature) -> None:
+def _check_outputs(module: "torch.nn.Module", example: "tuple[torch.Tensor, ...]", signature: ModelSignature) -> None:
+    import torch
+
     with torch.no_grad():
         outputs = module(*example)
     outputs = (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
@@ -251,15 +262,17 @@ def _strip(model: onnx.ModelProto, signature: ModelSignature) -> None:
 
 
 def _signature_from_graph(model: onnx.ModelProto, budget_us: float) -> ModelSignature:
+    """Tensors as the graph declares them; a leading axis that is dynamic or 1 is the batch."""
     weights = {tensor.name for tensor in model.graph.initializer}
 
     def spec(value: onnx.ValueInfoProto) -> TensorSpec:
-        sizes = [axis.dim_value or 1 for axis in value.type.tensor_type.shape.dim][1:]
+        sizes = [axis.dim_value or 1 for axis in value.type.tensor_type.shape.dim]
+        sizes = sizes[1:] if sizes[:1] == [1] else sizes
         dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name
-        name = "".join(letter if letter.isalnum() or letter == "_" else "_" for letter in value.name)
         axes = tuple(f"axis_{index}" for index in range(len(sizes)))
-        name = name if not name[:1].isdigit() else f"_{name}"
-        return TensorSpec(name=name, axes=axes, shape=tuple(sizes), unit="unknown", dtype=dtype)  # type: ignore[arg-type]
+        return TensorSpec.model_validate(
+            {"name": value.name, "axes": axes, "shape": tuple(sizes), "unit": "unknown", "dtype": dtype}
+        )
 
     inputs = tuple(spec(value) for value in model.graph.input if value.name not in weights)
     outputs = tuple(spec(value) for value in model.graph.output)

@@ -2,14 +2,17 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from pydantic import BaseModel, ConfigDict
 
 from rankd_pipeline.errors import RankdError
 from rankd_pipeline.runtime.onnx_export import load_session, run_batches
 from rankd_pipeline.runtime.signature import ModelSignature
+
+if TYPE_CHECKING:
+    import torch
 
 Runner = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 
@@ -59,8 +62,10 @@ def onnx_runner(path: Path) -> Runner:
     return lambda inputs: run_batches(session, inputs)
 
 
-def torch_runner(module: torch.nn.Module, signature: ModelSignature) -> Runner:
+def torch_runner(module: "torch.nn.Module", signature: ModelSignature) -> Runner:
     """`module` in PyTorch eager, inputs and outputs named by `signature`."""
+    import torch
+
     module = module.eval()
 
     def run(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

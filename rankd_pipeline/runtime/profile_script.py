@@ -26,10 +26,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnxruntime as ort
+
+Verdict = Literal["pass", "fail", "inconclusive"]
 
 TAIL = 0.001  # p99.9 leaves one call in a thousand above it
 RUNS_FOR_INTERVAL = 3688  # below ln(0.025) / ln(0.999) calls no order statistic bounds p99.9 from above
@@ -83,7 +85,7 @@ def summarise(times_us: np.ndarray) -> dict[str, Any]:
     }
 
 
-def judge(call: dict[str, Any], control: dict[str, Any], budget_us: float) -> tuple[str, str]:
+def judge(call: dict[str, Any], control: dict[str, Any], budget_us: float) -> tuple[Verdict, str]:
     """Verdict on the paced p99.9 against the budget, and why: ("pass" | "fail" | "inconclusive", one sentence).
 
     pass: the whole interval is within the budget. fail: the median is over it, or the whole interval is over it by more
@@ -225,7 +227,7 @@ def openvino_caller(
     model: str, samples: dict[str, np.ndarray], state: dict[str, str]
 ) -> tuple[Callable[[int], None], Callable[[], None]]:
     """(load, call) of OpenVINO, one stream, one thread; only where the package is installed."""
-    import openvino as ov
+    import openvino as ov  # pyright: ignore[reportMissingImports]  # an optional extra
 
     compiled = ov.Core().compile_model(
         model, "CPU", {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", "INFERENCE_NUM_THREADS": 1}
@@ -248,6 +250,11 @@ def openvino_caller(
         request.infer()
 
     return load, call
+
+
+def save_arrays(path: str | Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write `arrays` as npz without pickle."""
+    np.savez(path, allow_pickle=False, **arrays)
 
 
 def _static(session: ort.InferenceSession, name: str) -> tuple[int, ...]:
@@ -382,6 +389,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=10_000, help="paced calls")
     parser.add_argument("--back-to-back-runs", type=int, default=10_000)
     parser.add_argument("--deadline-s", type=float, default=60.0, help="stop measuring after so long")
+    parser.add_argument("--burst-ms", type=float, default=90.0, help="real-time priority for so long at a time")
+    parser.add_argument("--rest-ms", type=float, default=8.0, help="rest between bursts")
+    parser.add_argument("--warmup", type=int, default=500, help="untimed calls first")
     parser.add_argument("--samples", help="npz with one array [n, ...] per input (default: random inputs)")
     parser.add_argument("--state", default="{}", help='JSON, carried state: {"input": "output"}')
     parser.add_argument("--engine", choices=["onnxruntime", "openvino"], default="onnxruntime")
@@ -395,10 +405,18 @@ def main(arguments: list[str] | None = None) -> int:
     with lock:
         host = prepare_host()
         times = measure(
-            load, call, options.runs, options.back_to_back_runs, options.slot_us, options.deadline_s
+            load,
+            call,
+            options.runs,
+            options.back_to_back_runs,
+            options.slot_us,
+            options.deadline_s,
+            options.burst_ms,
+            options.rest_ms,
+            options.warmup,
         )
     if options.raw:
-        np.savez(options.raw, host=np.array(json.dumps(host)), **times)
+        save_arrays(options.raw, {"host": np.array(json.dumps(host)), **times})
         return 0
     report = {name: summarise(values / 1000) for name, values in times.items()}
     verdict, why = judge(report["paced"], report["control"], options.budget_us)

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-DType = Literal["float32", "float64", "int8", "uint8", "int16", "int32", "int64", "bool"]
+DType = Literal["float32", "float64", "int8", "uint8", "int16", "int32", "int64", "float16", "bool"]
 
 
 class TensorSpec(BaseModel):
@@ -16,7 +16,7 @@ class TensorSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    name: str = Field(min_length=1)
     axes: tuple[str, ...]
     shape: tuple[int, ...]
     unit: str
