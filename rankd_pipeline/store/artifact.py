@@ -2,6 +2,8 @@
 
 An artifact lies at `<store>/<pipeline>/<step>/<recipe>/` with `manifest.json`, `observed.json` and its files. It is
 whole or absent: a step writes into a work folder that survives a kill and is published by one rename.
+The manifest says nothing of time or chance, so an artifact made again has the same manifest, byte for byte, and the
+hashes by which later manifests name it still hold; files that are measurements are listed in `observed.json`.
 """
 
 import errno
@@ -134,7 +136,8 @@ class Artifact:
 
         Raises: ArtifactDamaged naming the first file whose hash differs or that the manifest does not list.
         """
-        for name, entry in self.manifest["files"].items():
+        listed = {**self.manifest["files"], **self.observed.get("files", {})}
+        for name, entry in listed.items():
             path = self.path / name
             found = sha256_file(path) if path.is_file() else "nothing"
             if found != entry["sha256"]:
@@ -142,7 +145,7 @@ class Artifact:
                     f"{path}: its manifest expects sha256 {entry['sha256'][:12]}…, found {found[:12]}; the file was truncated or "
                     f"edited. Delete the folder {self.path} and run again: it is remade from its inputs."
                 )
-        added = _relative_files(self.path) - set(self.manifest["files"])
+        added = _relative_files(self.path) - set(listed)
         if added:
             raise ArtifactDamaged(f"{self.path / min(added)}: its manifest does not list it; move the file away and run again.")
 
@@ -187,7 +190,8 @@ class Store:
         if not self.is_local and cache is None:
             raise RankdError(f"store {uri}: a remote store needs a local cache folder.")
         self.local = Path(self._root) if self.is_local else Path(cache or "")
-        self._work = self.local / ".work"
+        self.work = self.local / ".work"
+        self.locks = self.local / ".locks"
 
     # -- reading ------------------------------------------------------------------------------------------------
     def folder(self, pipeline: str, step: str, recipe: str) -> Path:
@@ -226,7 +230,7 @@ class Store:
 
         wait is called once with a sentence if another process holds it; timeout 0 means do not wait (raises Busy).
         """
-        path = self.local / ".locks" / f"{name}.lock"
+        path = self.locks / f"{name}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path)
         try:
@@ -247,7 +251,7 @@ class Store:
 
     def draft(self, recipe: Recipe) -> Draft:
         """The work folder of a recipe: the same after a kill, so that a step can go on from its checkpoint."""
-        folder = self._work / recipe.pipeline / recipe.step / recipe.digest
+        folder = self.work / recipe.pipeline / recipe.step / recipe.digest
         for part in ("out", "scratch"):
             (folder / part).mkdir(parents=True, exist_ok=True)
         return Draft(recipe, folder / "out", folder / "scratch")
@@ -260,13 +264,13 @@ class Store:
         recipe = draft.recipe
         for path in draft.out.rglob("*.tmp"):
             path.unlink()
-        files = {}
+        files: dict[str, dict[str, Any]] = {}
+        measured: dict[str, dict[str, Any]] = {}
         for name in sorted(_relative_files(draft.out)):
             path = draft.out / name
             _sync(path)  # before the rename, or a power failure could leave a whole-looking artifact with empty files
-            deterministic = name not in draft.volatile
-            files[name] = {"sha256": sha256_file(path), "bytes": path.stat().st_size, "deterministic": deterministic}
-        content = {name: entry["sha256"] for name, entry in files.items() if entry["deterministic"]}
+            (measured if name in draft.volatile else files)[name] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+        content = {name: entry["sha256"] for name, entry in files.items()}
         try:
             metrics = json.loads(canonical_json(draft.metrics))
         except ValueError as error:
@@ -289,7 +293,7 @@ class Store:
             "skipped": draft.skipped,
         }
         manifest["seal"] = sha256_text(canonical_json(manifest))
-        _write_json(draft.out / OBSERVED, draft.observed)
+        _write_json(draft.out / OBSERVED, {**draft.observed, "files": measured})
         _write_json(draft.out / MANIFEST, manifest)
         target = self.folder(recipe.pipeline, recipe.step, recipe.digest)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -358,7 +362,7 @@ class Store:
         remote = self._remote(folder)
         if not self._fs.exists(f"{remote}/{MANIFEST}"):
             return False
-        arriving = self._work / "arriving" / f"{folder.name}-{os.getpid()}"
+        arriving = self.work / "arriving" / f"{folder.name}-{os.getpid()}"
         shutil.rmtree(arriving, ignore_errors=True)
         arriving.parent.mkdir(parents=True, exist_ok=True)
         self._fs.get(remote, str(arriving), recursive=True)

@@ -54,7 +54,7 @@ def test_a_published_artifact_is_found_by_recipe_and_whole(tmp_path: Path) -> No
 def test_the_version_is_the_content_not_the_time(tmp_path: Path) -> None:
     first, second = make(Store(tmp_path / "a")), make(Store(tmp_path / "b"))
     assert (first.path / "timing.json").read_text() != (second.path / "timing.json").read_text()
-    assert first.version == second.version
+    assert first.version == second.version and first.manifest_sha256 == second.manifest_sha256
     assert make(Store(tmp_path / "c"), text="other").version != first.version
 
 
@@ -116,7 +116,7 @@ def test_a_file_that_the_manifest_does_not_list_is_noticed(tmp_path: Path) -> No
 
 def test_observations_that_are_gone_are_one_sentence(tmp_path: Path) -> None:
     made = make(Store(tmp_path))
-    assert made.observed == {"seconds": 0.5}
+    assert made.observed["seconds"] == 0.5 and set(made.observed["files"]) == {"timing.json"}
     (made.path / OBSERVED).write_text("[]")
     with pytest.raises(ArtifactDamaged, match=r"observed\.json: missing or not a JSON object"):
         _ = made.observed
@@ -141,7 +141,7 @@ def test_metrics_that_are_no_numbers_are_refused_before_anything_is_published(tm
 def test_what_a_killed_attempt_left_half_written_is_not_published(tmp_path: Path) -> None:
     store = Store(tmp_path)
     (store.draft(recipe()).out / "part-00001.tmp").write_text("half a shard")
-    assert set(make(store).manifest["files"]) == {"part/data.txt", "timing.json"}
+    assert set(make(store).manifest["files"]) == {"part/data.txt"}
 
 
 def test_a_folder_without_manifest_is_no_artifact_and_is_replaced(tmp_path: Path) -> None:
