@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp
 
 from rankd_pipeline.errors import RankdError
+from rankd_pipeline.evaluation.table import select
 
 BINS = 15  # equal-width bins of the top-1 confidence, as in Guo et al. 2017
 
@@ -54,6 +56,25 @@ def reliability(prob: np.ndarray, label: np.ndarray, bins: int = BINS) -> Reliab
         accuracy=np.bincount(index, correct, bins)[full] / count[full],
         count=count[full],
     )
+
+
+def reliability_of(table: pd.DataFrame, model: str, split: str) -> Reliability | None:
+    """The reliability diagram from the long table's rows ``ece_bin_XX`` and ``confidence_bin_XX``; None without them."""
+    sums: dict[str, dict[int, tuple[float, int]]] = {}
+    for prefix in ("confidence_bin_", "ece_bin_"):
+        rows = select(table, model=model, split=split, metric=f"{prefix}*")
+        bins = rows["metric"].astype(str).str.removeprefix(prefix).to_numpy(int)
+        weighted = (rows["value"] * rows["n"]).to_numpy(float)
+        n = rows["n"].to_numpy(int)
+        sums[prefix] = {int(b): (weighted[bins == b].sum(), int(n[bins == b].sum())) for b in np.unique(bins)}
+    confidence, gap = sums.values()
+    if not gap or gap.keys() != confidence.keys():
+        return None
+    full = sorted(gap)
+    count = np.array([gap[b][1] for b in full])
+    mean_confidence = np.array([confidence[b][0] for b in full]) / count
+    mean_gap = np.array([gap[b][0] for b in full]) / count
+    return Reliability(np.array(full), mean_confidence, mean_confidence - mean_gap, count)
 
 
 def ece(prob: np.ndarray, label: np.ndarray, bins: int = BINS) -> float:

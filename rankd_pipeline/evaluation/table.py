@@ -7,7 +7,8 @@ Several rows may share all keys (metrics whose quantiles matter are written one 
     split  str      "validation", "test", "heldout_site", "heldout_band", ...
     unit   int64    drop id: samples of one drop share a topology, so drops (not rows) are what is resampled
     cell   str      "key=value|key=value": where the samples lie, e.g. "site=umi_2|band=28GHz|link=nlos"
-    metric str      "top1", "l1_rsrp_loss_db", "ece_bin_07", ...
+    metric str      "top1", "l1_rsrp_loss_db", ...; calibration by confidence bin: "ece_bin_07" (confidence − correct)
+                    and "confidence_bin_07"
     value  float64  mean over the n samples, in the metric's unit (rates as fractions 0..1)
     n      int64    number of samples, > 0
 """

@@ -6,7 +6,7 @@ from scipy.special import softmax
 
 from rankd_pipeline.errors import RankdError
 from rankd_pipeline.evaluation.bootstrap import estimate
-from rankd_pipeline.evaluation.calibration import ece
+from rankd_pipeline.evaluation.calibration import ece, reliability, reliability_of
 from rankd_pipeline.evaluation.table import parse_cell, select
 from rankd_pipeline.ran_functions.beam_management.metrics import evaluate_scores
 
@@ -59,7 +59,13 @@ def test_calibration_rows_give_the_ece_of_the_library():
     rng, truth, meta = planted(n=3000)
     prob = softmax(truth["rsrp_dbm"] / 3 + rng.normal(0, 1, (3000, 64)), axis=1)
     table = evaluate_scores("m", prob, truth, meta, is_probability=True)
-    assert value(table, "ece", "ece") == pytest.approx(ece(prob, truth["rsrp_dbm"].argmax(1)))
+    label = truth["rsrp_dbm"].argmax(1)
+    assert value(table, "ece", "ece") == pytest.approx(ece(prob, label))
+    ours, direct = reliability_of(table, "m", "test"), reliability(prob, label)
+    assert ours is not None
+    for name in ("bin", "confidence", "accuracy", "count"):
+        assert getattr(ours, name) == pytest.approx(getattr(direct, name))
+    assert reliability_of(table, "other", "test") is None
 
 
 def test_cells_name_site_band_and_link():

@@ -7,6 +7,7 @@
                       quantiles and the CDF can be read
     ece_bin_XX        mean of (confidence − correct) of the samples in confidence bin XX; only where the scores are
                       probabilities
+    confidence_bin_XX mean confidence of the same samples; with the row above it gives the reliability diagram
 
 Cells are ``site=<site>|band=<GHz>GHz|link=<los|nlos|indoor>``; an indoor UE is "indoor" whatever its line of sight.
 Parts that the meta does not hold are left out.
@@ -67,8 +68,10 @@ def evaluate_scores(
     parts.append(keys.assign(metric="l1_rsrp_loss_db", value=loss_db, n=1))
     if is_probability:
         confidence = scores.max(1)
-        names = np.array([f"ece_bin_{b:02d}" for b in range(bins)], dtype=object)
-        parts.append(_grouped(keys, names[confidence_bin(confidence, bins)], confidence - values["top1"]))
+        index = confidence_bin(confidence, bins)
+        for prefix, value in (("ece_bin", confidence - values["top1"]), ("confidence_bin", confidence)):
+            names = np.array([f"{prefix}_{b:02d}" for b in range(bins)], dtype=object)
+            parts.append(_grouped(keys, names[index], value))
     return validate_table(pd.concat(parts, ignore_index=True).assign(model=model))
 
 
