@@ -66,13 +66,13 @@ class TeacherStep(_Strict):
 class ScorecardStep(_Strict):
     """resamples: bootstrap resamples by drop. bins: calibration bins. learned_baselines: printed beside the teacher."""
 
-    resamples: int = Field(2000, ge=100)
-    bins: int = Field(15, ge=2)
+    resamples: int = Field(default=2000, ge=100)
+    bins: int = Field(default=15, ge=2)
     learned_baselines: tuple[str, ...] = ()
 
 
 class SoftLabelsStep(_Strict):
-    batch: int = Field(2048, ge=1)
+    batch: int = Field(default=2048, ge=1)
 
 
 class StudentStep(_Strict):
@@ -83,12 +83,12 @@ class StudentStep(_Strict):
     loss: dict[str, Any] = {}
     temperatures: tuple[float, ...] = (1.0, 2.0, 4.0, 6.0, 8.0)
     alpha: Share = 0.7
-    paired_seeds: int = Field(5, ge=2)
+    paired_seeds: int = Field(default=5, ge=2)
 
 
 class QuantizeStep(_Strict):
-    calibration_samples: int = Field(512, ge=8)
-    parity_samples: int = Field(2000, ge=8)
+    calibration_samples: int = Field(default=512, ge=8)
+    parity_samples: int = Field(default=2000, ge=8)
 
 
 class LatencyStep(_Strict):

@@ -52,6 +52,14 @@ class Head(Protocol):
         """What early stopping looks at; lower is better."""
         ...
 
+    def task_score(self, outputs: np.ndarray, labels: np.ndarray) -> float:
+        """What the student's temperature and arm are chosen by, on validation; higher is better."""
+        ...
+
+    def divergence(self, outputs: np.ndarray, teacher: np.ndarray) -> float:
+        """How far outputs [n, K] are from the teacher's; 0 where they agree."""
+        ...
+
 
 class ClassificationHead:
     """Class probabilities: cross-entropy, response distillation, temperature scaling, ECE."""
@@ -86,6 +94,14 @@ class ClassificationHead:
         shifted = outputs - outputs.max(axis=1, keepdims=True)
         log_sum = np.log(np.exp(shifted).sum(axis=1))
         return float(np.mean(log_sum - shifted[np.arange(len(labels)), labels]))
+
+    def task_score(self, outputs: np.ndarray, labels: np.ndarray) -> float:
+        return float(np.mean(outputs.argmax(axis=1) == labels))
+
+    def divergence(self, outputs: np.ndarray, teacher: np.ndarray) -> float:
+        one = {"temperature": 1.0}
+        p, q = self.predictive(teacher, one).astype(np.float64), self.predictive(outputs, one).astype(np.float64)
+        return float(np.mean(np.sum(p * (np.log(p + 1e-12) - np.log(q + 1e-12)), axis=1)))
 
 
 def parameter_count(module: nn.Module) -> int:

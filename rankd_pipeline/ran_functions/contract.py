@@ -69,6 +69,8 @@ class RanFunction(ABC):
     title: ClassVar[str]
     metric: ClassVar[Metric]
     secondary_metrics: ClassVar[tuple[Metric, ...]] = ()
+    gap_baseline: ClassVar[str]
+    """The baseline that generalisation is measured against: what it loses on a held-out site is the site's doing."""
     code_versions: ClassVar[Mapping[str, str]]
     """Version of each facet module (simulate, labels, networks, baselines, metrics); part of the recipes they shape."""
 
@@ -134,10 +136,10 @@ class RanFunction(ABC):
         """Fix input scaling from training inputs; it is stored with the weights and exported with the graph."""
 
     @abstractmethod
-    def ssl_loss(self, module: "torch.nn.Module", batch: Any, generator: Any, mask_share: tuple[float, float]) -> Any:
+    def ssl_loss(self, module: "torch.nn.Module", batch: Any, mask_share: tuple[float, float]) -> Any:
         """Self-supervised loss of a batch (masked modelling)."""
 
-    def augment(self, batch: Any, generator: Any, **options: Any) -> Any:
+    def augment(self, batch: Any, **options: Any) -> Any:
         """A training batch as seen this time; the default changes nothing."""
         return batch
 

@@ -47,7 +47,8 @@ CHAIN: tuple[StepInfo, ...] = (
     StepInfo("latency_profile", "The race across runtimes against the budget; a gate", ("corpus", "quantized_onnx"), "1",
              (), ("onnxruntime", "emx-onnx-cgen"), ("quantized_onnx",), on_host=True),
     StepInfo("deployment", "The bundle, its model card and its registered version",
-             ("corpus", "calibration_scorecard", "student", "quantized_onnx", "latency_profile"), "1",
+             ("corpus", "audit_report", "oracle_labels", "teacher", "calibration_scorecard", "soft_labels", "student",
+              "quantized_onnx", "latency_profile"), "1",
              ("baselines", "metrics"), ("onnxruntime",), ("calibration_scorecard", "quantized_onnx", "latency_profile")),
 )  # fmt: skip
 

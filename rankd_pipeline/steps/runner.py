@@ -33,6 +33,7 @@ class StepContext:
     function: RanFunction
     inputs: Mapping[str, Artifact]
     draft: Draft
+    store: Store
     progress: Progress
     workers: int
     home: Path
@@ -161,8 +162,10 @@ def run_step(
     run_id is the orchestrator's, kept in observed.json. note gets sentences for the log. The step's own module is
     imported only if there is work to do, so a cached chain needs neither torch nor Sionna.
     """
-    inputs = inputs_of(step, spec, store)
-    return run_with_inputs(step, spec, inputs, store, current, run_id, note)
+    artifact = run_with_inputs(step, spec, inputs_of(step, spec, store), store, current, run_id, note)
+    if run_id is not None:
+        store.note_use(artifact, run_id)
+    return artifact
 
 
 def run_with_inputs(
@@ -189,7 +192,7 @@ def run_with_inputs(
         draft = store.draft(recipe)
         with progress_of(current.progress_dir, spec.pipeline, step) as progress, _readable_failures(step, store):
             context = StepContext(
-                spec, info, load_function(spec.function), inputs, draft, progress, current.workers, current.home, note
+                spec, info, load_function(spec.function), inputs, draft, store, progress, current.workers, current.home, note
             )  # fmt: skip
             started = time.monotonic()
             getattr(import_module(f"rankd_pipeline.steps.{step}"), step)(context)
@@ -226,7 +229,7 @@ def plan(spec: PipelineSpec, store: Store) -> list[Planned]:
     done: dict[str, Artifact] = {}
     for step, info in STEPS.items():
         previous = [item for item in store.artifacts(spec.pipeline, step) if item.manifest["recipe"]["scale"] == spec.scale]
-        seconds = max((item.observed.get("seconds") for item in previous), default=None)
+        seconds = max((float(item.observed.get("seconds", 0.0)) for item in previous), default=None)
         blocked = [name for name in info.inputs if name not in done]
         if blocked:
             rows.append(Planned(step, True, f"its input {blocked[0]} would be made anew", seconds))

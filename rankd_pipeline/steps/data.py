@@ -1,0 +1,80 @@
+"""How steps read a corpus artifact: model inputs, labels and truth by split, in sample order."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from rankd_pipeline.ran_functions.contract import RanFunction
+from rankd_pipeline.store.artifact import Artifact
+from rankd_pipeline.store.tensors import read_columns, rows_of
+
+FEATURES, TRUTH, LABELS = "features", "truth", "labels"
+EVALUATED = ("test", "heldout_site", "heldout_band")
+
+
+def split_is(*splits: str) -> pc.Expression:
+    return pc.field("split").isin(pa.array(splits))
+
+
+def features_of(corpus: Artifact, columns: Sequence[str], where: pc.Expression | None = None) -> dict[str, np.ndarray]:
+    """Feature columns (and sample_id) of the rows that `where` keeps, ordered by sample_id."""
+    arrays = read_columns(corpus.file(FEATURES), ["sample_id", *(name for name in columns if name != "sample_id")], where)
+    order = np.argsort(arrays["sample_id"], kind="stable")
+    return {name: values[order] for name, values in arrays.items()}
+
+
+def inputs_of_rows(
+    function: RanFunction, corpus: Artifact, where: pc.Expression | None = None
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """(sample ids [n], model inputs) of the rows that `where` keeps."""
+    features = features_of(corpus, function.feature_columns, where)
+    return features["sample_id"], function.model_inputs(features)
+
+
+def labels_for(labels: Artifact, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(label [n], has_label [n] bool) of `ids`; rows without a label hold 0."""
+    table = read_columns(labels.file("labels"), ["sample_id", "label"])
+    order = np.argsort(table["sample_id"], kind="stable")
+    sorted_ids, sorted_labels = table["sample_id"][order], table["label"][order]
+    at = np.minimum(np.searchsorted(sorted_ids, ids), max(len(sorted_ids) - 1, 0))
+    has = sorted_ids[at] == ids if len(sorted_ids) else np.zeros(len(ids), bool)
+    return np.where(has, sorted_labels[at] if len(sorted_ids) else 0, 0).astype(np.int64), has
+
+
+def labelled_inputs(
+    function: RanFunction, corpus: Artifact, labels: Artifact, split: str
+) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
+    """(sample ids, model inputs, label) of the labelled rows of a split."""
+    ids, inputs = inputs_of_rows(function, corpus, split_is(split))
+    label, has = labels_for(labels, ids)
+    return ids[has], {name: values[has] for name, values in inputs.items()}, label[has]
+
+
+def evaluation_data(function: RanFunction, corpus: Artifact, split: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(features, truth) of a fully labelled split, row for row; only evaluation may call this."""
+    feature_columns, truth_columns = function.evaluation_columns
+    features = features_of(corpus, list(dict.fromkeys([*function.feature_columns, *feature_columns])), split_is(split))
+    truth = read_columns(
+        corpus.file(TRUTH), ["sample_id", *truth_columns], pc.field("sample_id").isin(pa.array(features["sample_id"]))
+    )
+    rows = rows_of(truth["sample_id"], features["sample_id"])
+    return features, {name: values[rows] for name, values in truth.items()}
+
+
+def present_splits(corpus: Artifact, wanted: Sequence[str] = EVALUATED) -> list[str]:
+    """Those of `wanted` that the corpus has rows of."""
+    return [split for split in wanted if corpus.metrics["samples_by_split"].get(split, 0)]
+
+
+def write_npy(folder: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Arrays as plain .npy files, which worker processes memory-map."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, values in arrays.items():
+        np.save(folder / f"{name}.npy", values, allow_pickle=False)
+
+
+def read_npy(folder: Path) -> dict[str, np.ndarray]:
+    return {path.stem: np.load(path, mmap_mode="r", allow_pickle=False) for path in sorted(folder.glob("*.npy"))}

@@ -1,0 +1,96 @@
+"""Step 11: the bundle: the very file that was profiled, proven better than the classical method, with its lineage."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from rankd_pipeline.evaluation.gates import verdict_of
+from rankd_pipeline.evaluation.table import write_table
+from rankd_pipeline.ran_functions.contract import Predictor
+from rankd_pipeline.report.page import render_model_card
+from rankd_pipeline.runtime.bundle import MODEL, load_bundle, python_caller, write_bundle
+from rankd_pipeline.runtime.onnx_export import read_metadata
+from rankd_pipeline.steps.calibration_scorecard import fitted_baselines
+from rankd_pipeline.steps.data import present_splits
+from rankd_pipeline.steps.promotion import SHIPPED
+from rankd_pipeline.steps.quantized_onnx import FP32, INT8
+from rankd_pipeline.steps.runner import StepContext
+from rankd_pipeline.steps.scoring import evaluate_splits, headline, judge_gates, score_table
+from rankd_pipeline.steps.summary import figures_of, summarise, tables_of
+from rankd_pipeline.store.artifact import sha256_file
+from rankd_pipeline.store.lineage import write_lineage
+
+
+def deployment(ctx: StepContext) -> None:
+    """Write `bundle/` (self-contained), `evaluation.parquet`, `scores.json`; metrics carry score, gates and verdict.
+
+    Raises: RankdError if the bundle does not verify after it was written.
+    """
+    race, files = ctx.inputs["latency_profile"], ctx.inputs["quantized_onnx"]
+    model = files.file(INT8 if race.metrics["precision"] == "int8" else FP32)
+    content = {MODEL: model}
+    if race.metrics["runtime"].startswith("c-"):
+        content |= {path.name: path for path in sorted((race.path / "c").glob(f"model_{race.metrics['precision']}.[ch]"))}
+    lineage = ctx.scratch / "lineage.json"
+    lineage.write_text(json.dumps(write_lineage(ctx.inputs, ctx.store), indent=1, sort_keys=True) + "\n")
+    content["lineage.json"] = lineage
+    bundle = ctx.out / "bundle"
+    if not bundle.exists():
+        write_bundle(bundle, content, _about(ctx, sha256_file(model)), _card(ctx, sha256_file(model), read_metadata(model)))
+    # These tell times and run ids; the model itself is deterministic.
+    ctx.draft.volatile.update(f"bundle/{name}" for name in ("lineage.json", "manifest.json", "model_card.html"))
+    _judge(ctx, load_bundle(bundle))
+
+
+def _judge(ctx: StepContext, predictor: Any) -> None:
+    """Score the bundle as shipped, on the test splits, against the classical methods."""
+    corpus, name = ctx.inputs["corpus"], predictor.signature.decision.name
+    baselines = [item for item in ctx.function.baselines(ctx.corpus_config) if not item.learned]
+    models: dict[str, Predictor] = {
+        SHIPPED: lambda features: predictor(ctx.function.model_inputs(features))[name],
+        **fitted_baselines(ctx, baselines),
+    }
+    splits = present_splits(corpus)
+    table = evaluate_splits(ctx, corpus, models, splits, [SHIPPED], baselines)
+    write_table(table, ctx.out / "evaluation.parquet")
+    ctx.write_json("scores.json", score_table(ctx, table, list(models), splits))
+    resamples = ctx.spec.steps.calibration_scorecard.resamples
+    gates = judge_gates(ctx, ctx.spec.gates.deployment, table, [item.name for item in baselines], resamples)
+    score, race = headline(ctx, table, SHIPPED), ctx.inputs["latency_profile"].metrics
+    ctx.metrics.update(
+        score=score.value, score_ci95=list(score.ci95 or ()), test_data=corpus.version,
+        precision=race["precision"], runtime=race["runtime"], sites=corpus.metrics["sites"],
+        gates=[gate.model_dump(mode="json") for gate in gates], verdict=verdict_of(gates),
+        reason="; ".join(gate.sentence() for gate in gates if gate.verdict != "pass"),
+    )  # fmt: skip
+
+
+def _about(ctx: StepContext, digest: str) -> dict[str, Any]:
+    """What the bundle's manifest says beside the hashes."""
+    race = ctx.inputs["latency_profile"].metrics
+    stamps = [] if ctx.spec.enforced else ["smoke, not deployable"]
+    if race["verdict"] == "inconclusive":
+        stamps.append("latency unproven on this host")
+    return {
+        "pipeline": ctx.spec.pipeline, "function": ctx.spec.function, "scale": ctx.spec.scale, "seed": ctx.spec.seed,
+        "variant": ctx.spec.variant, "recipe": ctx.draft.recipe.digest, "runtime": race["runtime"],
+        "precision": race["precision"], "model_sha256": digest, "budget_us": race["budget_us"], "stamps": stamps,
+        "sites": sorted(ctx.inputs["corpus"].metrics["sites"]), "sources": sorted(ctx.inputs["corpus"].metrics["sources"]),
+        "licence": "Apache-2.0",
+    }  # fmt: skip
+
+
+def _card(ctx: StepContext, digest: str, metadata: dict[str, str]) -> str:
+    signature = ctx.function.signatures(ctx.corpus_config, ctx.spec.steps.latency_profile.budget_us)[0]
+    about = _about(ctx, digest)
+    summary = summarise(ctx.spec, ctx.inputs)
+    lineage = json.loads(metadata["rankd.lineage"])
+    tables = tables_of(ctx.inputs)
+    tables["Lineage"] = pd.DataFrame([{"step": step, **ids} for step, ids in lineage.items()])
+    return render_model_card(
+        summary.scorecard, {name: str(value) for name, value in about.items() if np.isscalar(value)},
+        signature.model_dump(mode="json"), {"Python": python_caller(signature)}, figures_of(ctx.inputs), tables,
+        [*summary.notes, *about["stamps"]], summary.gates,
+    )  # fmt: skip

@@ -1,0 +1,36 @@
+"""Step 7: the calibrated teacher over the full corpus, unlabelled samples included; stored, so that it runs once."""
+
+import numpy as np
+import pyarrow as pa
+
+from rankd_pipeline.distillation.heads import outputs_of
+from rankd_pipeline.steps.data import FEATURES
+from rankd_pipeline.steps.runner import StepContext
+from rankd_pipeline.steps.teacher import load_teacher
+from rankd_pipeline.store.tensors import column_array, iter_tables, shards, tensor_array, write_parquet
+
+SOFT = "soft_labels"
+
+
+def soft_labels(ctx: StepContext) -> None:
+    """Write `soft_labels/part-*.parquet` (sample_id, teacher [K] float16: calibrated outputs before the softmax).
+
+    float16 halves the largest table of the chain; its rounding (2^-11 relative) is far below the label noise.
+    """
+    model, head = load_teacher(ctx), ctx.function.head()
+    calibration = ctx.inputs["calibration_scorecard"].metrics["calibration_parameters"]
+    corpus = ctx.inputs["corpus"]
+    total, passes = len(shards(corpus.file(FEATURES))), 0
+    for index, table in enumerate(iter_tables(corpus.file(FEATURES), ["sample_id", *ctx.function.feature_columns])):
+        features = {name: column_array(table[name]) for name in table.column_names}
+        outputs = outputs_of(model, ctx.function.model_inputs(features), ctx.config.batch)
+        # Centred, so that the largest magnitudes stay well inside float16.
+        centred = outputs - outputs.mean(axis=1, keepdims=True)
+        soft = head.calibrated(centred, calibration).astype(np.float16)
+        write_parquet(
+            pa.table({"sample_id": table["sample_id"].combine_chunks(), "teacher": tensor_array(soft)}),
+            ctx.out / SOFT / f"part-{index:05d}.parquet",
+        )
+        passes += len(soft)
+        ctx.progress(index + 1, total, "shards")
+    ctx.metrics.update(samples=passes, teacher_passes=passes)

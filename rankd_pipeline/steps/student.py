@@ -1,0 +1,141 @@
+"""Step 8: the student, distilled, against two controls over paired seeds; the better one on validation goes on."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from rankd_pipeline.distillation.heads import ARMS, outputs_of, parameter_count
+from rankd_pipeline.errors import RankdError
+from rankd_pipeline.evaluation.bootstrap import estimate
+from rankd_pipeline.evaluation.paired import PairedGain, paired_gain
+from rankd_pipeline.evaluation.table import write_table
+from rankd_pipeline.report import figures
+from rankd_pipeline.spec import validated
+from rankd_pipeline.steps.data import inputs_of_rows, labelled_inputs, labels_for, present_splits, split_is
+from rankd_pipeline.steps.runner import StepContext
+from rankd_pipeline.steps.scoring import evaluate_splits, headline, network_predictor, score_table
+from rankd_pipeline.steps.soft_labels import SOFT
+from rankd_pipeline.steps.students import load_student, student_job, write_student_data
+from rankd_pipeline.steps.teacher import WEIGHTS
+from rankd_pipeline.store.tensors import read_columns, rows_of
+from rankd_pipeline.training.fit import FitConfig
+from rankd_pipeline.training.parallel import map_processes
+from rankd_pipeline.training.seeds import derive_seed
+from rankd_pipeline.training.weights import save_weights
+
+
+def student(ctx: StepContext) -> None:
+    """Write the deployed student's `weights.safetensors`, `comparison.json`, `evaluation.parquet` and figures."""
+    validated(FitConfig, ctx.config.fit, f"pipeline {ctx.spec.pipeline}, steps.student.fit")
+    _lay_out(ctx)
+    sweep = _train(ctx, [_job(ctx, "distilled", T, 0) for T in ctx.config.temperatures], "temperature sweep")
+    temperature = max(sweep, key=lambda job: job["validation_score"])["temperature"]
+    paired = [_job(ctx, arm, temperature, seed) for seed in range(1, ctx.config.paired_seeds + 1) for arm in ARMS]
+    trained = _train(ctx, paired, "paired seeds")
+    by_arm = {arm: [job for job in trained if job["arm"] == arm] for arm in ARMS}
+    mean_validation = {arm: float(np.mean([job["validation_score"] for job in by_arm[arm]])) for arm in ("distilled", "scratch")}
+    winner = max(mean_validation, key=lambda arm: mean_validation[arm])
+    chosen = max(by_arm[winner], key=lambda job: job["validation_score"])
+    _publish(ctx, chosen, by_arm, temperature)
+    ctx.metrics.update(temperature=temperature, arm=winner, validation=mean_validation, sweep=[_row(job) for job in sweep])
+    ctx.write_json("comparison.json", {"sweep": sweep, "paired": trained, "chosen": chosen["name"]})
+    ctx.write_json("history.json", chosen["history"])
+
+
+def _row(job: dict[str, Any]) -> dict[str, Any]:
+    return {key: job[key] for key in ("temperature", "validation_score", "validation_loss", "divergence")}
+
+
+def _lay_out(ctx: StepContext) -> None:
+    """Write the arrays of the comparison once, for the workers to map."""
+    corpus, labels = ctx.inputs["corpus"], ctx.inputs["oracle_labels"]
+    soft = read_columns(ctx.inputs["soft_labels"].file(SOFT), ["sample_id", "teacher"])
+    ids, inputs = inputs_of_rows(ctx.function, corpus, split_is("train"))
+    label, has = labels_for(labels, ids)
+    val_ids, val, val_label = labelled_inputs(ctx.function, corpus, labels, "val")
+    write_student_data(
+        ctx.scratch / "data",
+        {**inputs, "label": label, "has_label": has.astype(np.uint8), "teacher": soft["teacher"][rows_of(soft["sample_id"], ids)]},
+        {**val, "label": val_label, "teacher": soft["teacher"][rows_of(soft["sample_id"], val_ids)]},
+    )
+
+
+def _job(ctx: StepContext, arm: str, temperature: float, seed: int) -> dict[str, Any]:
+    config = ctx.config
+    return {
+        "name": f"{arm}-T{temperature:g}-seed{seed}", "function": ctx.spec.function,
+        "corpus": ctx.spec.steps.corpus.simulation, "network": config.network, "fit": config.fit, "loss": config.loss,
+        "arm": arm, "temperature": temperature, "alpha": config.alpha, "seed": derive_seed(ctx.spec.seed, "student", seed),
+        "data": str(ctx.scratch / "data"), "out": str(ctx.scratch / "students"),
+    }  # fmt: skip
+
+
+def _train(ctx: StepContext, jobs: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
+    (ctx.scratch / "students").mkdir(exist_ok=True)
+    done = 0
+    ctx.progress(0, len(jobs), what)
+
+    def on_done(_: int, __: Any) -> None:
+        nonlocal done
+        done += 1
+        ctx.progress(done, len(jobs), what)
+
+    results = map_processes(student_job, jobs, ctx.workers, on_done)
+    if not all(np.isfinite(job["validation_loss"]) for job in results):
+        raise RankdError("student: a training diverged (its validation loss is not finite); lower steps.student.fit.lr.")
+    return [{**job, **result} for job, result in zip(jobs, results, strict=True)]
+
+
+def _publish(ctx: StepContext, chosen: dict[str, Any], by_arm: dict[str, list[dict[str, Any]]], temperature: float) -> None:
+    """Calibrate the chosen student, judge all students on the test splits, write everything down."""
+    corpus, head = ctx.inputs["corpus"], ctx.function.head()
+    _, val, val_label = labelled_inputs(ctx.function, corpus, ctx.inputs["oracle_labels"], "val")
+    model = load_student(ctx.function, chosen)
+    calibration = head.fit_calibration(outputs_of(model, val), val_label)
+    save_weights(model, ctx.out / WEIGHTS)
+    neutral = {name: 1.0 for name in calibration}
+    seeds = {
+        job["name"]: network_predictor(ctx, load_student(ctx.function, job), neutral) for jobs in by_arm.values() for job in jobs
+    }
+    splits = present_splits(corpus)
+    deployed = evaluate_splits(ctx, corpus, {"student": network_predictor(ctx, model, calibration)}, splits, ["student"])
+    write_table(deployed, ctx.out / "evaluation.parquet")
+    table = evaluate_splits(ctx, corpus, seeds, ["test"], [])
+    metric = ctx.function.metric
+    sign = 1.0 if metric.higher_is_better else -1.0
+    scores = {arm: [sign * headline(ctx, table, job["name"]).value for job in jobs] for arm, jobs in by_arm.items()}
+    kd, dark = paired_gain(scores["distilled"], scores["scratch"]), paired_gain(scores["distilled"], scores["hard"])
+    ctx.write_json("scores.json", score_table(ctx, deployed, ["student"], splits))
+    ctx.metrics.update(_summary(ctx, deployed, parameter_count(model), sign * float(np.mean(scores["scratch"])), kd, dark))
+    ctx.metrics.update(calibration_parameters=calibration, seed_scores={arm: [sign * s for s in scores[arm]] for arm in scores})
+    folder = ctx.out / "figures"
+    folder.mkdir(exist_ok=True)
+    for name, picture in figures.student_figures(ctx.metrics, chosen["history"], temperature).items():
+        (folder / f"{name}.png").write_bytes(picture)
+
+
+def _summary(
+    ctx: StepContext, table: pd.DataFrame, params: int, scratch: float, kd: PairedGain, dark: PairedGain
+) -> dict[str, Any]:
+    """The `student` part of the report."""
+    metric, teacher = ctx.function.metric, ctx.inputs["calibration_scorecard"].metrics
+    score = headline(ctx, table, "student")
+    base = teacher["baseline"]["score"]
+    gained = teacher["score"] - base
+    kind = ctx.function.head().calibration_metric
+    return {
+        "params": params,
+        "score": score.value,
+        "score_ci95": list(score.ci95 or ()),
+        "retention": score.value / teacher["score"] if metric.is_rate and teacher["score"] else None,
+        "gain_retention": (score.value - base) / gained if gained else None,
+        "scratch_score": scratch,
+        "kd_gain": kd.mean,
+        "kd_gain_ci95": list(kd.ci95),
+        "kd_p": kd.p_one_sided,
+        "dark_gain": dark.mean,
+        "dark_gain_ci95": list(dark.ci95),
+        "verdict": "KD useful" if kd.useful else "KD not useful",
+        "calibration": {"metric": kind, "value": estimate(table, "student@test", metric=kind, aggregate=kind, resamples=0).value},
+    }

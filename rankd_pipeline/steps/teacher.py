@@ -1,0 +1,67 @@
+"""Step 5: the teacher, trained from the self-supervised weights on the labelled share of the training split."""
+
+from dataclasses import asdict
+
+import numpy as np
+import torch
+
+from rankd_pipeline.distillation.heads import outputs_of, parameter_count
+from rankd_pipeline.spec import validated
+from rankd_pipeline.steps.data import inputs_of_rows, labelled_inputs, split_is
+from rankd_pipeline.steps.runner import StepContext
+from rankd_pipeline.steps.ssl_weights import WEIGHTS
+from rankd_pipeline.training.fit import EpochRecord, FitConfig, fit
+from rankd_pipeline.training.seeds import derive_seed
+from rankd_pipeline.training.weights import load_weights, save_weights
+
+
+def teacher(ctx: StepContext) -> None:
+    """Write `weights.safetensors` (input scaling included) and `history.json`."""
+    model, seed = new_teacher(ctx), derive_seed(ctx.spec.seed, "teacher")
+    corpus, labels = ctx.inputs["corpus"], ctx.inputs["oracle_labels"]
+    _, train, train_label = labelled_inputs(ctx.function, corpus, labels, "train")
+    _, val, val_label = labelled_inputs(ctx.function, corpus, labels, "val")
+    config = validated(FitConfig, ctx.config.fit, f"pipeline {ctx.spec.pipeline}, steps.teacher.fit")
+    head = ctx.function.head()
+
+    def loss(module: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        batch = ctx.function.augment(batch, **ctx.config.loss)
+        inputs = {name: batch[name] for name in train}
+        return head.supervised_loss(module(**inputs), batch)
+
+    def on_epoch(record: EpochRecord) -> None:
+        text = "" if record.validation is None else f"validation {record.validation:.4f}"
+        ctx.progress(record.epoch, record.epochs, text)
+
+    columns = {**train, "label": train_label, "has_label": np.ones(len(train_label), np.uint8)}
+    result = fit(
+        model, columns, loss, lambda module: head.validation_loss(outputs_of(module, val), val_label), config, seed,
+        ctx.scratch, on_epoch,
+    )  # fmt: skip
+    save_weights(model, ctx.out / WEIGHTS)
+    ctx.write_json("history.json", [asdict(record) for record in result.history])
+    ctx.metrics.update(
+        params=parameter_count(model), best_epoch=result.best_epoch, validation_loss=result.best_value,
+        labelled_samples=len(train_label), ssl=ctx.inputs["ssl_weights"].skipped is None,
+    )  # fmt: skip
+    ctx.observed["samples_per_s"] = result.samples_per_s
+
+
+def new_teacher(ctx: StepContext) -> torch.nn.Module:
+    """The untrained teacher with its input scaling, from the self-supervised weights where there are any."""
+    torch.manual_seed(derive_seed(ctx.spec.seed, "teacher", "init"))
+    model = ctx.function.teacher(ctx.corpus_config, ctx.config.network)
+    start = ctx.inputs["ssl_weights"]
+    if start.skipped is None:
+        load_weights(model, start.file(WEIGHTS))
+    else:
+        _, inputs = inputs_of_rows(ctx.function, ctx.inputs["corpus"], split_is("train"))
+        ctx.function.set_statistics(model, inputs)
+    return model
+
+
+def load_teacher(ctx: StepContext) -> torch.nn.Module:
+    """The trained teacher of this chain, frozen."""
+    model = ctx.function.teacher(ctx.corpus_config, ctx.spec.steps.teacher.network)
+    load_weights(model, ctx.inputs["teacher"].file(WEIGHTS))
+    return model.eval().requires_grad_(False)
