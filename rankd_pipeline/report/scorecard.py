@@ -152,14 +152,14 @@ def scorecard_text(
     parts: list[Any] = [Text(f"{card['function']} at {card['scale']} scale", style="bold")]
     figures = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     for section, name, value in rows_of(card):
-        figures.add_row(Text(section, style="cyan"), name, value)
+        figures.add_row(Text(section, style="cyan"), Text(name), Text(value))
     parts.append(figures)
     if gates:
         parts += [Text("gates", style="bold"), _gate_table(gates)]
     if targets:
         table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
         for target in check_targets(card, targets):
-            table.add_row(_badge(target.verdict), target.name, target_text(target))
+            table.add_row(_badge(target.verdict), Text(target.name), Text(target_text(target)))
         parts += [Text("targets", style="bold"), table]
     parts += [Text(note) for note in notes]
     return Group(*parts)
@@ -271,7 +271,7 @@ def _student_rows(part: Json, metric: Mapping[str, Any]) -> list[tuple[str, str]
 def _quantized_rows(part: Json, metric: Mapping[str, Any]) -> list[tuple[str, str]]:
     sizes = f"{number_text(part['bytes_fp32'])} bytes FP32, {number_text(part['bytes_int8'])} bytes INT8"
     drop = "" if part["drop"] is None else gain_text(part["drop"], metric) + " (positive is worse)"
-    return [(f"in INT8", score_text(part["score"], metric)), ("drop", drop), ("size", sizes)]
+    return [("in INT8", score_text(part["score"], metric)), ("drop", drop), ("size", sizes)]
 
 
 def _latency_rows(part: Json, _: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -297,12 +297,13 @@ def _deployment_rows(part: Json, _: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _gate_table(gates: Sequence[Mapping[str, Any]]) -> Any:
     from rich.table import Table
+    from rich.text import Text  # not plain strings: rich would read "[no interval]" as markup
 
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     for gate in gates:
-        table.add_row(_badge(gate_badge(gate["verdict"])), gate["name"], gate_text(gate))
+        table.add_row(_badge(gate_badge(gate["verdict"])), Text(gate["name"]), Text(gate_text(gate)))
         if gate["verdict"] != "pass":
-            table.add_row("", "", f"next: {gate['next_step']}")
+            table.add_row("", "", Text(f"next: {gate['next_step']}"))
     return table
 
 
