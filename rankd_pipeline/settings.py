@@ -44,6 +44,10 @@ class Settings:
         return self.home / "progress"
 
     @property
+    def ledger_dir(self) -> Path:
+        return self.home / "ledger"
+
+    @property
     def initialised(self) -> bool:
         return (self.home / "rankd.json").is_file()
 

@@ -45,9 +45,7 @@ class Pins:
         try:
             return {str(recipe): str(why) for recipe, why in json.loads(self.path.read_text()).items()}
         except (ValueError, AttributeError):
-            raise RankdError(
-                f"{self.path}: not a JSON object of recipe and reason; mend it, or delete it to forget all pins."
-            ) from None
+            raise RankdError(f"{self.path}: not a JSON object of recipe and reason; mend it, or delete it with all pins.") from None
 
     def write(self, pins: Mapping[str, str]) -> None:
         temporary = self.path.with_suffix(".tmp")

@@ -128,9 +128,7 @@ def _artifact_at(folder: Path, store: Store) -> Artifact:
     pipeline, step, recipe = folder.resolve().parts[-3:]
     artifact = store.get(pipeline, step, recipe)
     if artifact is None:
-        raise RankdError(
-            f"{folder}: not an artifact of the store {store.uri}; expected a bundle or <store>/<pipeline>/<step>/<recipe>."
-        )
+        raise RankdError(f"{folder}: no artifact of store {store.uri}; expected a bundle or <store>/<pipeline>/<step>/<recipe>.")
     return artifact
 
 

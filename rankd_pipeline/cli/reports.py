@@ -1,0 +1,152 @@
+"""`rankd report` and `rankd ablate`: what a run reached, as a page, as text, as one JSON object."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from rankd_pipeline.cli.runs import SCALE
+from rankd_pipeline.errors import RankdError
+from rankd_pipeline.settings import Settings, settings
+
+if TYPE_CHECKING:
+    from rankd_pipeline.steps.summary import Summary
+    from rankd_pipeline.store.artifact import Store
+
+
+@click.command()
+@click.argument("function")
+@click.option("--champion", is_flag=True, help="The version that serves now instead of the last run.")
+@click.option("--scale", type=SCALE, help="The last run at this scale (default: the last run at any).")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout; null where a step was not reached.")
+def report(function: str, champion: bool, scale: str | None, as_json: bool) -> None:
+    """The scorecard of the last finished or stopped run of FUNCTION, and its page."""
+    from rankd_pipeline.spec import load_pipeline
+    from rankd_pipeline.steps.runner import open_store
+
+    current = settings()
+    pipeline = load_pipeline(function).pipeline
+    store = open_store(current)
+    recipes = champion_recipes(pipeline, store, current) if champion else last_recipes(pipeline, scale, store, current)
+    if as_json:
+        click.echo(json.dumps(summary_of(pipeline, recipes, current).scorecard, indent=1, allow_nan=False))
+    else:
+        print_scorecard(pipeline, recipes, current)
+
+
+def last_recipes(pipeline: str, scale: str | None, store: "Store", current: Settings) -> dict[str, str]:
+    """Recipe by step of the last run that is not under way.
+
+    Raises: RankdError if there was none.
+    """
+    from rankd_pipeline.progress import read_progress
+
+    uses = [use for use in store.runs(pipeline) if scale in (None, use.scale)]
+    if len(uses) > 1 and read_progress(current.progress_dir, pipeline):
+        uses = uses[1:]  # the latest is being made right now
+    if not uses:
+        where = f" at scale {scale}" if scale else ""
+        raise RankdError(f"{pipeline}: no run{where} in {store.uri} yet; start one with `rankd run {pipeline}`.")
+    return uses[0].recipes
+
+
+def champion_recipes(pipeline: str, store: "Store", current: Settings) -> dict[str, str]:
+    """Recipe by step of everything that the serving version was made from.
+
+    Raises: RankdError if nothing serves or its artifact is gone.
+    """
+    from rankd_pipeline.steps.promotion import open_ledger
+
+    entry = open_ledger(current, pipeline).champion() if current.home.is_dir() else None
+    if entry is None:
+        raise RankdError(f"{pipeline}: no champion yet; `rankd run {pipeline}` at laptop scale makes one if its gates pass.")
+    recipes: dict[str, str] = {}
+    waiting = [("deployment", entry.recipe)]
+    while waiting:
+        step, recipe = waiting.pop()
+        if step in recipes:
+            continue
+        artifact = store.get(pipeline, step, recipe)
+        if artifact is None:
+            raise RankdError(
+                f"{pipeline}: the champion's {step} {recipe} is not in {store.uri}; its bundle still runs: {entry.bundle}."
+            )
+        recipes[step] = recipe
+        waiting.extend((item["step"], item["recipe"]) for item in artifact.manifest["inputs"].values())
+    return recipes
+
+
+def summary_of(pipeline: str, recipes: Mapping[str, str], current: Settings) -> "Summary":
+    """Sum up the artifacts with these recipes under the configuration that made them."""
+    from rankd_pipeline.spec import load_pipeline
+    from rankd_pipeline.steps.chain import STEPS
+    from rankd_pipeline.steps.promotion import open_ledger
+    from rankd_pipeline.steps.runner import open_store
+    from rankd_pipeline.steps.summary import summarise
+
+    store = open_store(current)
+    found = {step: store.get(pipeline, step, recipes[step]) for step in STEPS if step in recipes}
+    artifacts = {step: artifact for step, artifact in found.items() if artifact is not None}
+    if not artifacts:
+        raise RankdError(f"{pipeline}: what its last run made is no longer in {store.uri}; run `rankd run {pipeline}` again.")
+    recipe = next(iter(artifacts.values())).manifest["recipe"]
+    spec = load_pipeline(pipeline).at(recipe["scale"], recipe["seed"], recipe["variant"])
+    entries = [item for item in open_ledger(current, pipeline).entries() if item.recipe == recipes.get("deployment")]
+    return summarise(spec, artifacts, entries[-1] if entries else None)
+
+
+def print_scorecard(pipeline: str, recipes: Mapping[str, str], current: Settings) -> None:
+    """The scorecard on the terminal, and where bundle, model card and report lie; writes the report's page."""
+    from rich.console import Console
+
+    from rankd_pipeline.report.scorecard import scorecard_text
+    from rankd_pipeline.steps.summary import write_report
+
+    summary = summary_of(pipeline, recipes, current)
+    page = write_report(summary, report_path(pipeline, summary, current))
+    Console(soft_wrap=True).print(scorecard_text(summary.scorecard, summary.gates, notes=summary.notes))
+    deployed = summary.scorecard["deployment"]
+    click.echo(f"\nreport:     {page}")
+    if deployed is not None and deployed["bundle"]:
+        click.echo(f"deployed:   version {deployed['version']}, alias {deployed['alias'] or 'none'}")
+        click.echo(f"bundle:     {deployed['bundle']}")
+        click.echo(f"model card: {Path(deployed['bundle']) / 'model_card.html'}")
+
+
+def report_path(pipeline: str, summary: "Summary", current: Settings) -> Path:
+    """`<home>/reports/<pipeline>/<scale>-seed<seed>-<variant>.html`."""
+    recipe = next(iter(summary.artifacts.values())).manifest["recipe"]
+    name = f"{recipe['scale']}-seed{recipe['seed']}-{recipe['variant']}.html"
+    return current.home / "reports" / pipeline / name
+
+
+@click.command()
+@click.argument("function")
+@click.argument("name")
+@click.option("--scale", type=SCALE, default="laptop", show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="The table as JSON.")
+def ablate(function: str, name: str, scale: str, seed: int, as_json: bool) -> None:
+    """What one part of the chain buys: train with and without it, paired. The result is stored."""
+    from rankd_pipeline.spec import load_pipeline
+    from rankd_pipeline.steps.ablations import ABLATIONS
+    from rankd_pipeline.steps.runner import open_store
+
+    if name not in ABLATIONS:
+        raise RankdError(f"ablation {name!r}: unknown; expected one of {', '.join(sorted(ABLATIONS))}.")
+    current = settings()
+    spec = load_pipeline(function).at(scale, seed)
+    result = ABLATIONS[name](spec, open_store(current), current, lambda text: click.echo(text, err=True))
+    if as_json:
+        click.echo(json.dumps(result, indent=1))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = result["rows"]
+    table = Table(*rows[0], box=None, pad_edge=False, title=result.get("title"))
+    for row in rows:
+        table.add_row(*(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console().print(table)
