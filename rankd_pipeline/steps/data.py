@@ -77,4 +77,5 @@ def write_npy(folder: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def read_npy(folder: Path) -> dict[str, np.ndarray]:
-    return {path.stem: np.load(path, mmap_mode="r", allow_pickle=False) for path in sorted(folder.glob("*.npy"))}
+    """What `write_npy` wrote, memory-mapped copy on write: torch wants writable memory, the file stays as it is."""
+    return {path.stem: np.load(path, mmap_mode="c", allow_pickle=False) for path in sorted(folder.glob("*.npy"))}

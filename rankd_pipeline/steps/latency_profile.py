@@ -31,7 +31,8 @@ def latency_profile(ctx: StepContext) -> None:
     )  # fmt: skip
     (ctx.out / "latency.json").write_text(report.to_json())
     (ctx.out / "figures").mkdir(exist_ok=True)
-    (ctx.out / "figures" / "latency.png").write_bytes(figures.latency_histogram(report.model_dump(mode="json")))
     winner = next(item for item in report.candidates if item.runtime == report.winner)
+    picture = figures.latency_histogram(winner.model_dump(mode="json"), report.budget_us)
+    (ctx.out / "figures" / "latency.png").write_bytes(picture)
     ctx.metrics.update(report.headline())
     ctx.metrics.update(precision=winner.precision, why=report.why, reason=report.why, host=report.host)
