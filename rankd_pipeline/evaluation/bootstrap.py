@@ -75,28 +75,41 @@ def estimate(
         rows = _rows(table, term, metric, name, where)
         by_split.setdefault(split_term(term)[1], []).append((sign, rows))
 
-    value, smallest, n_samples = 0.0, np.iinfo(np.int64).max, 0
-    draws = np.zeros(resamples)
+    value, draws, smallest, n_samples = 0.0, np.zeros(resamples), np.iinfo(np.int64).max, 0
     for split, terms in by_split.items():
-        units = np.unique(np.concatenate([rows["unit"].to_numpy() for _, rows in terms]))
-        statistics = [
-            (sign, _statistic(rows, np.searchsorted(units, rows["unit"].to_numpy()), len(units),
-                              name, argument, higher_is_better))
-            for sign, rows in terms
-        ]  # fmt: skip
-        value += sum(sign * float(stat(np.ones((1, len(units))))[0]) for sign, stat in statistics)
-        start = 0
-        for weights in resampled_weights(len(units), resamples, seed, split):
-            stop = start + len(weights)
-            draws[start:stop] += sum(sign * stat(weights) for sign, stat in statistics)
-            start = stop
-        smallest = min(smallest, len(units))
+        sample = _resample([rows for _, rows in terms], split, name, argument, higher_is_better, seed, resamples)
+        signs = np.array([sign for sign, _ in terms])
+        value += float(signs @ sample.value)
+        draws += signs @ sample.draws
+        smallest = min(smallest, sample.n_units)
         n_samples += max(_count(rows) for _, rows in terms)
-    enough = smallest >= 2 and resamples > 0
-    ci95 = _interval(value, draws, centred=name in ("ece", "worst_cell")) if enough else None
-    if ci95 and name == "ece" and not minus:
-        ci95 = (max(ci95[0], 0.0), ci95[1])
-    return Estimate(value, ci95, int(smallest), n_samples)
+    return Estimate(value, _interval(value, draws, name, bool(minus), smallest), int(smallest), n_samples)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Terms of one split under the same resampled drops: value [terms], draws [terms, resamples]."""
+
+    value: np.ndarray
+    draws: np.ndarray
+    n_units: int
+
+
+def _resample(
+    terms: Sequence[pd.DataFrame], split: str, name: str, argument: str | None, higher_is_better: bool, seed: int, resamples: int
+) -> _Sample:
+    units = np.unique(np.concatenate([rows["unit"].to_numpy() for rows in terms]))
+    statistics = [
+        _statistic(rows, np.searchsorted(units, rows["unit"].to_numpy()), len(units), name, argument, higher_is_better)
+        for rows in terms
+    ]
+    everything = np.ones((1, len(units)))
+    chunks = [
+        np.stack([statistic(weights) for statistic in statistics])
+        for weights in resampled_weights(len(units), resamples, seed, split)
+    ]
+    draws = np.concatenate(chunks, axis=1) if chunks else np.zeros((len(terms), 0))
+    return _Sample(np.array([float(statistic(everything)[0]) for statistic in statistics]), draws, len(units))
 
 
 def resampled_weights(n_units: int, resamples: int, seed: int, split: str, chunk: int = 100) -> Iterator[np.ndarray]:
@@ -121,18 +134,21 @@ def slices(
     resamples: int = 500,
 ) -> pd.DataFrame:
     """One estimate for each split, value of cell part ``by``, model: columns split, <by>, model, value, lo, hi, n."""
+    name, argument = parse_aggregate(aggregate)
     out = []
     for split in splits:
-        rows = select(table, split=split, metric="ece_bin_*" if aggregate == "ece" else metric)
+        rows = select(table, split=split, metric="ece_bin_*" if name == "ece" else metric)
         values = {parse_cell(str(c)).get(by) for c in rows["cell"].unique()} - {None}
         for part in sorted(str(v) for v in values):
-            for model in models:
-                if select(rows, model=model, where={by: part}).empty:
-                    continue
-                e = estimate(rows, f"{model}@{split}", metric=metric, aggregate=aggregate, where={by: part},
-                             higher_is_better=higher_is_better, seed=seed, resamples=resamples)  # fmt: skip
-                lo, hi = e.ci95 or (np.nan, np.nan)
-                out.append((split, part, model, e.value, lo, hi, e.n_samples))
+            inside = select(rows, where={by: part})
+            of_model = {model: select(inside, model=model) for model in models}
+            present = {model: found for model, found in of_model.items() if len(found)}
+            if not present:
+                continue
+            sample = _resample(list(present.values()), split, name, argument, higher_is_better, seed, resamples)
+            for (model, found), value, draws in zip(present.items(), sample.value, sample.draws, strict=True):
+                lo, hi = _interval(float(value), draws, name, False, sample.n_units) or (np.nan, np.nan)
+                out.append((split, part, model, float(value), lo, hi, _count(found)))
     return pd.DataFrame(out, columns=["split", by, "model", "value", "lo", "hi", "n"])
 
 
@@ -209,10 +225,12 @@ def _count(rows: pd.DataFrame) -> int:
     return int(rows["n"].to_numpy().sum())
 
 
-def _interval(value: float, draws: np.ndarray, centred: bool) -> tuple[float, float] | None:
+def _interval(value: float, draws: np.ndarray, name: str, is_difference: bool, n_units: int) -> tuple[float, float] | None:
     good = draws[np.isfinite(draws)]
-    if len(good) < 0.95 * len(draws):  # too few drops in the slice: most resamples miss them
+    # None where there is nothing to resample, or so few drops that most resamples miss the slice.
+    if n_units < 2 or not len(draws) or len(good) < 0.95 * len(draws):
         return None
     lo, hi = np.quantile(good, [0.025, 0.975])
-    bias = float(good.mean()) - value if centred else 0.0
-    return float(lo - bias), float(hi - bias)
+    bias = float(good.mean()) - value if name in ("ece", "worst_cell") else 0.0
+    lo, hi = float(lo - bias), float(hi - bias)
+    return (max(lo, 0.0) if name == "ece" and not is_difference else lo), hi

@@ -14,7 +14,9 @@ Several rows may share all keys (metrics whose quantiles matter are written one 
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -49,9 +51,11 @@ def format_cell(**parts: str) -> str:
     return "|".join(f"{key}={value}" for key, value in parts.items())
 
 
-def parse_cell(cell: str) -> dict[str, str]:
-    """The inverse of :func:`format_cell`; the empty cell has no parts."""
-    return dict(part.split("=", 1) for part in cell.split("|")) if cell else {}
+@lru_cache(maxsize=65536)
+def parse_cell(cell: str) -> Mapping[str, str]:
+    """The inverse of :func:`format_cell`; the empty cell has no parts. Read only: it is shared between callers."""
+    parts = dict(part.split("=", 1) for part in cell.split("|")) if cell else {}
+    return MappingProxyType(parts)
 
 
 def validate_table(df: pd.DataFrame) -> pd.DataFrame:

@@ -79,11 +79,7 @@ def student_figures(metrics: Mapping[str, Any], history: Sequence[Mapping[str, A
 
 def latency_figures(report: Mapping[str, Any]) -> dict[str, bytes]:
     """The pictures of a race (``LatencyReport.model_dump()``) by name: the winner's histogram and the race itself."""
-    winner = next((item for item in report["candidates"] if item["runtime"] == report["winner"]), None)
-    pictures = {"race": race(report)}
-    if winner is not None and winner["histogram"] is not None:
-        pictures["latency"] = latency_histogram(winner, report["budget_us"])
-    return pictures
+    return {"race": race(report), "latency": latency_histogram(report)}
 
 
 def reliability_diagram(before: Reliability, after: Reliability) -> bytes:
@@ -132,18 +128,17 @@ def scores_by_split(table: pd.DataFrame, metric: "Metric", models: Sequence[str]
 def scores_by_cell(table: pd.DataFrame, metric: "Metric", models: Sequence[str], splits: Sequence[str], part: str) -> bytes:
     """The headline metric of each model for each value of a cell part (site, band, link), with 95 % intervals by drop.
 
-    A value that only held-out splits have is marked with an asterisk.
+    Values that the test set has are shown on the test set; those that only held-out splits have, marked with an asterisk, there.
     """
-    rows = select(table, metric=metric.name)
-    seen = {parse_cell(str(c)).get(part) for c in select(rows, split="test")["cell"].unique()}
-    merged = rows.assign(split="all")
-    if seen:  # a held-out split stands for its own cells only; cells that the test set has are the test set's
-        inside = np.array([parse_cell(c).get(part) in seen for c in rows["cell"].astype(str)])
-        merged = merged.loc[~inside | (rows["split"] == "test").to_numpy()]
-    frame = slices(merged, by=part, metric=metric.name, models=models, splits=["all"], higher_is_better=metric.higher_is_better)
-    labels = {str(value): str(value) if value in seen else f"{value}*" for value in frame[part].unique()}
-    frame = frame.assign(**{part: frame[part].map(lambda value: labels[value])})
-    return _points(frame, part, metric, models, sorted(labels.values(), key=_natural))
+    test = slices(table, by=part, metric=metric.name, models=models, splits=["test"], higher_is_better=metric.higher_is_better)
+    seen = set(test[part])
+    others = select(table, metric=metric.name)
+    new = np.array([parse_cell(str(c)).get(part) not in seen for c in pd.Categorical(others["cell"]).categories] or [False])
+    others = others.loc[new[pd.Categorical(others["cell"]).codes] & others["split"].isin(list(splits)).to_numpy()]
+    held_out = slices(others.assign(split="held out"), by=part, metric=metric.name, models=models, splits=["held out"],
+                      higher_is_better=metric.higher_is_better)  # fmt: skip
+    frame = pd.concat([test, held_out.assign(**{part: held_out[part].astype(str) + "*"})], ignore_index=True)
+    return _points(frame, part, metric, models, sorted({str(value) for value in frame[part]}, key=_natural))
 
 
 def training_curve(history: Sequence[Mapping[str, Any]]) -> bytes:
@@ -196,8 +191,10 @@ def paired_seeds(scores: Mapping[str, Sequence[float]]) -> bytes:
     return _png(figure)
 
 
-def latency_histogram(candidate: Mapping[str, Any], budget_us: float) -> bytes:
-    """Call times of one candidate (``CandidateResult.model_dump()``), paced and back to back, beside the host's control."""
+def latency_histogram(report: Mapping[str, Any]) -> bytes:
+    """Call times of a race's winner (``LatencyReport.model_dump()``), paced and back to back, beside the host's control."""
+    candidate = next(item for item in report["candidates"] if item["runtime"] == report["winner"])
+    budget_us = report["budget_us"]
     figure, axes = _figure()
     histogram = candidate["histogram"]
     edges = np.asarray(histogram["edges_us"])
