@@ -172,6 +172,11 @@ def parameters(csrc: CSource) -> list[str]:
     return [part.strip() for part in found.group(1).split(", ")]
 
 
+def declared_shape(declaration: str) -> tuple[int, ...]:
+    """Shape of one parameter as the header declares it: "const float x[1][16]" -> (1, 16)."""
+    return tuple(int(size) for size in re.findall(r"\[(\d+)\]", declaration))
+
+
 def is_buildable(onnx_path: Path, out_dir: Path, name: str) -> tuple[CSource | None, str]:
     """(source, "") where this host can build the model as C, otherwise (None, why not)."""
     if compiler() is None:

@@ -7,6 +7,7 @@ control of fixed work in each slot for the host's own tail. Only paced figures a
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -20,13 +21,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from rankd_pipeline.errors import Busy, RankdError
 from rankd_pipeline.runtime import profile_script
-from rankd_pipeline.runtime.c_export import CSource, compile_c, is_buildable, parameters
+from rankd_pipeline.runtime.c_export import CSource, compile_c, declared_shape, is_buildable, parameters
 from rankd_pipeline.runtime.onnx_export import read_signature, verify_onnx
 from rankd_pipeline.runtime.signature import ModelSignature
 
 Verdict = profile_script.Verdict
 HARNESS = Path(__file__).with_name("latency_harness.c")
 PACE_MAX_US = 500.0  # a slower slot is paced at this: what matters is the work between calls, not the wait
+PROOF_RTOL, PROOF_ATOL = 1e-3, 1e-4  # rounding, carried over a few steps of state
+Arrays = dict[str, np.ndarray]
 VERDICT_ORDER = {"fail": 0, "inconclusive": 1, "pass": 2}
 
 
@@ -214,9 +217,8 @@ def profile(
     work.mkdir(parents=True, exist_ok=True)
     named = dict(cases) if cases is not None else mask_cases(signature, samples)
     try:
-        with profile_script.host_lock(cfg.lock_wait_s, lambda message: on_progress(message, 0.0)):
-            race = _Race(signature, cfg, named, work, on_progress)
-            return race.run(candidates)
+        with profile_script.host_lock(cfg.lock_wait_s, lambda message: on_progress(message, 0.0)) as lock:
+            return _Race(signature, cfg, named, work, on_progress, lock).run(candidates)
     except TimeoutError as error:
         raise Busy(f"Latency was not measured: {error}. Try again when it is done.") from error
 
@@ -255,8 +257,10 @@ class _Race:
         cases: Mapping[str, Mapping[str, np.ndarray]],
         work: Path,
         on_progress: Callable[[str, float], None],
+        lock: int | None,
     ) -> None:
         self.signature, self.cfg, self.work, self.on_progress = signature, cfg, work, on_progress
+        self.lock = lock
         self.case_names = list(cases)
         self.rows = _interleave(signature, cases)
         self.started = time.monotonic()
@@ -311,13 +315,29 @@ class _Race:
         if item.reason:
             return blank
         try:
-            times = self.run_c(item, runs, deadline_s) if item.engine == "c" else self.run_script(item, runs, deadline_s)
+            measured = self.run_c if item.engine == "c" else self.run_script
+            times, proof = measured(item, runs, deadline_s)
+            self.check(item, proof)
         except (RankdError, subprocess.TimeoutExpired) as error:
             return blank.model_copy(update={"reason": f"not measured: {error}"})
         return judge_times(blank, times, self.case_names, self.signature.budget_us)
 
-    def run_script(self, item: Candidate, runs: int, deadline_s: float) -> dict[str, np.ndarray]:
-        """Raw times of onnxruntime or OpenVINO, measured by profile_script.py with nothing else in the process."""
+    def check(self, item: Candidate, proof: Mapping[str, np.ndarray]) -> None:
+        """What was timed must compute the model: compare its last outputs with onnxruntime stepping through the samples.
+
+        FP32 must agree; INT8 (where one rounding step is a whole quantum) must be finite, its parity is a gate elsewhere.
+        """
+        caller = profile_script.ort_caller(str(item.path), self.rows, self.signature.state)
+        expected = caller.proof(self.signature.state)
+        for name, values in proof.items():
+            wanted = expected[name].reshape(values.shape)
+            if not np.isfinite(values).all() or (
+                item.precision == "fp32" and not np.allclose(values, wanted, rtol=PROOF_RTOL, atol=PROOF_ATOL)
+            ):
+                raise RankdError(f"the timed build of {item.runtime} computes another {name} than onnxruntime")
+
+    def run_script(self, item: Candidate, runs: int, deadline_s: float) -> tuple[Arrays, Arrays]:
+        """Raw times and proof of onnxruntime or OpenVINO, measured by profile_script.py with nothing else in the process."""
         raw = self.work / f"{item.runtime}.npz"
         command = [sys.executable, str(Path(profile_script.__file__)), str(item.path), "--raw", str(raw)]
         command += ["--budget-us", str(self.signature.budget_us), "--slot-us", str(self.pace_us)]
@@ -326,13 +346,15 @@ class _Race:
         command += ["--state", json.dumps(self.signature.state), "--engine", item.engine]
         command += ["--burst-ms", str(self.cfg.burst_ms), "--rest-ms", str(self.cfg.rest_ms)]
         command += ["--warmup", str(self.cfg.warmup_runs)]
-        _run(command, deadline_s)
+        self.execute(command, deadline_s)
         with np.load(raw) as stored:
             self.host |= json.loads(str(stored["host"]))
-            return {name: stored[name] for name in ("back_to_back", "paced", "control")}
+            times = {name: stored[name] for name in ("back_to_back", "paced", "control")}
+            proof = {name: stored[f"proof.{name}"] for name in self.signature.output_names}
+        return times, proof
 
-    def run_c(self, item: Candidate, runs: int, deadline_s: float) -> dict[str, np.ndarray]:
-        """Raw times of generated C, measured inside a compiled harness."""
+    def run_c(self, item: Candidate, runs: int, deadline_s: float) -> tuple[Arrays, Arrays]:
+        """Raw times and proof of generated C, measured inside a compiled harness."""
         if item.csource is None:
             raise RankdError(f"candidate {item.runtime} has no C source")
         binary = self.work / item.runtime
@@ -345,12 +367,34 @@ class _Race:
         numbers = [runs, self.cfg.back_to_back_runs, self.pace_us * 1000, deadline_s * 1000, self.cfg.burst_ms]
         numbers += [self.cfg.rest_ms, self.cfg.warmup_runs, -1 if core is None else core, profile_script.cache_bytes()]
         command = [str(binary), str(self.work / "samples.bin"), str(raw), *(str(int(number)) for number in numbers)]
-        _run(command, deadline_s)
-        values = np.fromfile(raw, dtype=np.int64)
-        back, paced, control, flags = (int(value) for value in values[:4])
+        self.execute(command, deadline_s)
+        content = raw.read_bytes()
+        back, paced, control, flags = (int(value) for value in np.frombuffer(content, np.int64, 4))
         self.host |= {"core": core, "memory_locked": bool(flags & 1), "realtime": bool(flags & 2)}
-        parts = np.split(values[4:], np.cumsum([back, paced, control]))
-        return {"back_to_back": parts[0], "paced": parts[1], "control": parts[2]}
+        values = np.frombuffer(content, np.int64, back + paced + control, offset=32)
+        parts = np.split(values, np.cumsum([back, paced]))
+        times = {"back_to_back": parts[0], "paced": parts[1], "control": parts[2]}
+        offset, proof = 32 + values.nbytes, {}
+        shapes = [declared_shape(text) for text in parameters(item.csource)[len(self.signature.inputs) :]]
+        for spec, shape in zip(self.signature.outputs, shapes, strict=True):
+            proof[spec.name] = np.frombuffer(content, spec.dtype, math.prod(shape), offset).reshape(shape)
+            offset += proof[spec.name].nbytes
+        return times, proof
+
+    def execute(self, command: list[str], deadline_s: float) -> None:
+        """Run a measuring process; it stops itself at its deadline, and is stopped if it does not."""
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=deadline_s * 2 + 30,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            pass_fds=() if self.lock is None else (self.lock,),  # the lock lives as long as what it guards
+        )
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            raise RankdError(f"the measuring process stopped: {last[:300]}")
 
 
 def judge_times(
@@ -442,8 +486,12 @@ def _adapter(csource: CSource, signature: ModelSignature) -> str:
     specs = (*signature.inputs, *signature.outputs)
     if len(declared) != len(specs):
         raise RankdError(f"{csource.header} declares {len(declared)} tensors; the signature has {len(specs)}.")
-    sizes = [spec.elements * np.dtype(spec.dtype).itemsize for spec in specs]
     inputs = len(signature.inputs)
+    counts = [math.prod(declared_shape(text)) for text in declared]
+    if counts[:inputs] != [spec.elements for spec in signature.inputs]:
+        raise RankdError(f"{csource.header} declares inputs of {counts[:inputs]} values; the signature has others.")
+    # Sizes of outputs are the C function's own: a foreign file's graph may leave them open.
+    sizes = [count * np.dtype(spec.dtype).itemsize for count, spec in zip(counts, specs, strict=True)]
     state = [
         signature.output_names.index(signature.state[name]) if name in signature.state else -1 for name in signature.input_names
     ]
@@ -458,15 +506,6 @@ def _adapter(csource: CSource, signature: ModelSignature) -> str:
         f"void rankd_call(void **inputs, void **outputs);\n"
         f"void rankd_call(void **inputs, void **outputs)\n{{\n    {csource.name}({', '.join(arguments)});\n}}\n"
     )
-
-
-def _run(command: list[str], deadline_s: float) -> None:
-    """Run a measuring process; it stops itself at its deadline, and is stopped if it does not."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=deadline_s * 2 + 30, env=environment)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise RankdError(f"the measuring process stopped: {last[:300]}")
 
 
 def _installed(package: str) -> bool:

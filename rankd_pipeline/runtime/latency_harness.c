@@ -3,7 +3,8 @@
  * Built together with the model and a small adapter (rankd_inputs, rankd_outputs, rankd_call, carried state).
  * usage: harness SAMPLES.bin RAW.bin paced back_to_back slot_ns deadline_ms burst_ms rest_ms warmup core dirt_bytes
  * SAMPLES.bin: sample after sample, each input after input. RAW.bin: three int64 counts, one int64 of flags
- * (1 memory locked, 2 real time), then int64 ns of back-to-back calls, paced calls, control.
+ * (1 memory locked, 2 real time), then int64 ns of back-to-back calls, paced calls, control, then the outputs after
+ * stepping through the first samples once from zero state: proof of what was timed.
  */
 #define _GNU_SOURCE
 #include <sched.h>
@@ -13,6 +14,8 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <time.h>
+
+#define PROOF_STEPS 16
 
 extern const int rankd_inputs, rankd_outputs;
 extern const size_t rankd_input_bytes[], rankd_output_bytes[];
@@ -179,5 +182,13 @@ int main(int argc, char **argv)
     fwrite(back_ns, 8, (size_t)header[0], file);
     fwrite(paced_ns, 8, (size_t)header[1], file);
     fwrite(control_ns, 8, (size_t)header[2], file);
+    for (int i = 0; i < rankd_outputs; i++)
+        memset(outputs[i], 0, rankd_output_bytes[i]);
+    for (int64_t i = 0; i < PROOF_STEPS; i++) {
+        load(i);
+        rankd_call(inputs, outputs);
+    }
+    for (int i = 0; i < rankd_outputs; i++)
+        fwrite(outputs[i], 1, rankd_output_bytes[i], file);
     return fclose(file) ? 2 : 0;
 }

@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +34,7 @@ import onnxruntime as ort
 
 Verdict = Literal["pass", "fail", "inconclusive"]
 
+PROOF_STEPS = 16
 TAIL = 0.001  # p99.9 leaves one call in a thousand above it
 RUNS_FOR_INTERVAL = 3688  # below ln(0.025) / ln(0.999) calls no order statistic bounds p99.9 from above
 
@@ -112,12 +114,15 @@ def judge(call: dict[str, Any], control: dict[str, Any], budget_us: float) -> tu
 
 
 @contextlib.contextmanager
-def host_lock(wait_s: float, on_wait: Callable[[str], None] = lambda message: None) -> Iterator[None]:
-    """Hold the host-wide lock, so that never two profiles run beside each other. Raises TimeoutError after `wait_s`."""
+def host_lock(wait_s: float, on_wait: Callable[[str], None] = lambda message: None) -> Iterator[int | None]:
+    """Hold the host-wide lock, so that never two profiles run beside each other. Raises TimeoutError after `wait_s`.
+
+    Yields the lock's descriptor: a child that inherits it keeps the lock should this process be killed.
+    """
     try:
         import fcntl
     except ImportError:  # Windows: no lock, no real-time priority, but figures
-        yield
+        yield None
         return
     path = Path(tempfile.gettempdir()) / "rankd-profile.lock"
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -136,7 +141,7 @@ def host_lock(wait_s: float, on_wait: Callable[[str], None] = lambda message: No
                 if time.monotonic() - started > wait_s:
                     raise TimeoutError(f"another latency profile held {path} for {wait_s:g} s") from None
                 time.sleep(0.2)
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)  # closing releases the lock
 
@@ -191,10 +196,26 @@ def cache_bytes() -> int:
 # --- the measurement -----------------------------------------------------------------------------------------------
 
 
-def ort_caller(
-    model: str, samples: dict[str, np.ndarray], state: dict[str, str]
-) -> tuple[Callable[[int], None], Callable[[], None]]:
-    """(load, call) of onnxruntime with io-binding: load(i) writes sample i into the bound inputs, call() runs."""
+@dataclass(frozen=True)
+class Caller:
+    """A model ready to be timed: `load(i)` writes sample i (and carried state) into its inputs, `call()` runs it."""
+
+    load: Callable[[int], None]
+    call: Callable[[], None]
+    outputs: Callable[[], dict[str, np.ndarray]]
+
+    def proof(self, state: dict[str, str]) -> dict[str, np.ndarray]:
+        """The outputs after stepping through the first samples once from zero state: what is timed computes this."""
+        for name in state.values():
+            self.outputs()[name][...] = 0
+        for index in range(PROOF_STEPS):
+            self.load(index)
+            self.call()
+        return {name: np.array(values) for name, values in self.outputs().items()}
+
+
+def ort_caller(model: str, samples: dict[str, np.ndarray], state: dict[str, str]) -> Caller:
+    """onnxruntime with io-binding."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
@@ -203,11 +224,16 @@ def ort_caller(
     rows = {name: values.reshape((len(values), *_static(session, name))) for name, values in samples.items()}
     inputs = {name: np.array(values[0]) for name, values in rows.items()}
     names = [output.name for output in session.get_outputs()]
-    outputs = dict(zip(names, (np.ascontiguousarray(o) for o in session.run(names, inputs)), strict=True))
+    outputs = dict(zip(names, (np.array(o, order="C") for o in session.run(names, inputs)), strict=True))
+    # An inner axis that the graph leaves open may change with the data: then onnxruntime allocates the output.
+    open_shape = any(not isinstance(size, int) for output in session.get_outputs() for size in output.shape[1:])
     binding = session.io_binding()
     for name, buffer in inputs.items():
         binding.bind_input(name, "cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
     for name, buffer in outputs.items():
+        if open_shape and not state:
+            binding.bind_output(name, "cpu")
+            continue
         binding.bind_output(name, "cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
     count = len(next(iter(rows.values())))
 
@@ -220,13 +246,14 @@ def ort_caller(
     def call() -> None:
         run(binding)
 
-    return load, call
+    def read() -> dict[str, np.ndarray]:
+        return outputs if state or not open_shape else dict(zip(names, binding.copy_outputs_to_cpu(), strict=True))
+
+    return Caller(load, call, read)
 
 
-def openvino_caller(
-    model: str, samples: dict[str, np.ndarray], state: dict[str, str]
-) -> tuple[Callable[[int], None], Callable[[], None]]:
-    """(load, call) of OpenVINO, one stream, one thread; only where the package is installed."""
+def openvino_caller(model: str, samples: dict[str, np.ndarray], state: dict[str, str]) -> Caller:
+    """OpenVINO, one stream, one thread; only where the package is installed."""
     import openvino as ov  # pyright: ignore[reportMissingImports]  # an optional extra
 
     compiled = ov.Core().compile_model(
@@ -249,7 +276,8 @@ def openvino_caller(
     def call() -> None:
         request.infer()
 
-    return load, call
+    names = [output.get_any_name() for output in compiled.outputs]
+    return Caller(load, call, lambda: {name: request.get_tensor(name).data for name in names})
 
 
 def save_arrays(path: str | Path, arrays: dict[str, np.ndarray]) -> None:
@@ -298,8 +326,7 @@ def _timed(call: Callable[[], None]) -> int:
 
 
 def measure(
-    load: Callable[[int], None],
-    call: Callable[[], None],
+    caller: Caller,
     paced_runs: int,
     back_to_back_runs: int,
     slot_us: float,
@@ -314,15 +341,15 @@ def measure(
     """
     ends = time.monotonic() + deadline_s
     for index in range(warmup_runs):
-        load(index)
-        call()
+        caller.load(index)
+        caller.call()
         if time.monotonic() > ends:
             break
     gc.collect()
     gc.disable()
     try:
         permitted = realtime(False)
-        pace = _Pace(load, call, slot_us, permitted, burst_ms, rest_ms)
+        pace = _Pace(caller, slot_us, permitted, burst_ms, rest_ms)
         back_to_back = pace.run(back_to_back_runs, time.monotonic() + deadline_s / 4, paced=False)
         paced = pace.run(paced_runs, ends, paced=True)
     finally:
@@ -333,19 +360,11 @@ def measure(
 class _Pace:
     """Runs calls in bursts: back to back, or one a slot with the caches dirtied and the control timed between."""
 
-    def __init__(
-        self,
-        load: Callable[[int], None],
-        call: Callable[[], None],
-        slot_us: float,
-        permitted: bool,
-        burst_ms: float,
-        rest_ms: float,
-    ) -> None:
-        self.load, self.call, self.slot_ns = load, call, int(slot_us * 1000)
+    def __init__(self, caller: Caller, slot_us: float, permitted: bool, burst_ms: float, rest_ms: float) -> None:
+        self.load, self.call, self.slot_ns = caller.load, caller.call, int(slot_us * 1000)
         self.permitted, self.burst_ns, self.rest_s = permitted, int(burst_ms * 1e6), rest_ms / 1000
         self.dirt = np.zeros(cache_bytes() // 8, dtype=np.int64)
-        self.control = control_work(min(_timed(call) for _ in range(50)) / 1000)
+        self.control = control_work(min(_timed(caller.call) for _ in range(50)) / 1000)
 
     def run(self, runs: int, ends: float, paced: bool) -> tuple[np.ndarray, np.ndarray]:
         """Time up to `runs` calls until monotonic time `ends`; returns (call ns, control ns)."""
@@ -400,13 +419,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     samples = dict(np.load(options.samples)) if options.samples else random_samples(options.model)
     make = ort_caller if options.engine == "onnxruntime" else openvino_caller
-    load, call = make(options.model, samples, json.loads(options.state))
+    state = json.loads(options.state)
+    caller = make(options.model, samples, state)
     lock = contextlib.nullcontext() if options.raw else host_lock(600.0, lambda text: print(text, file=sys.stderr))
     with lock:
         host = prepare_host()
         times = measure(
-            load,
-            call,
+            caller,
             options.runs,
             options.back_to_back_runs,
             options.slot_us,
@@ -416,7 +435,8 @@ def main(arguments: list[str] | None = None) -> int:
             options.warmup,
         )
     if options.raw:
-        save_arrays(options.raw, {"host": np.array(json.dumps(host)), **times})
+        proof = {f"proof.{name}": values for name, values in caller.proof(state).items()}
+        save_arrays(options.raw, {"host": np.array(json.dumps(host)), **times, **proof})
         return 0
     report = {name: summarise(values / 1000) for name, values in times.items()}
     verdict, why = judge(report["paced"], report["control"], options.budget_us)
