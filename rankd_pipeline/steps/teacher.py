@@ -1,16 +1,20 @@
 """Step 5: the teacher, trained from the self-supervised weights on the labelled share of the training split."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from rankd_pipeline.distillation.heads import outputs_of, parameter_count
+from rankd_pipeline.ran_functions.contract import Arrays, RanFunction
 from rankd_pipeline.spec import validated
 from rankd_pipeline.steps.data import inputs_of_rows, labelled_inputs, split_is
 from rankd_pipeline.steps.runner import StepContext
 from rankd_pipeline.steps.ssl_weights import WEIGHTS
-from rankd_pipeline.training.fit import EpochRecord, FitConfig, fit
+from rankd_pipeline.training.fit import EpochRecord, FitConfig, FitResult, fit
 from rankd_pipeline.training.seeds import derive_seed
 from rankd_pipeline.training.weights import load_weights, save_weights
 
@@ -22,21 +26,13 @@ def teacher(ctx: StepContext) -> None:
     _, train, train_label = labelled_inputs(ctx.function, corpus, labels, "train")
     _, val, val_label = labelled_inputs(ctx.function, corpus, labels, "val")
     config = validated(FitConfig, ctx.config.fit, f"pipeline {ctx.spec.pipeline}, steps.teacher.fit")
-    head = ctx.function.head()
-
-    def loss(module: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        batch = ctx.function.augment(batch, **ctx.config.loss)
-        inputs = {name: batch[name] for name in train}
-        return head.supervised_loss(module(**inputs), batch)
 
     def on_epoch(record: EpochRecord) -> None:
         text = "" if record.validation is None else f"validation {record.validation:.4f}"
         ctx.progress(record.epoch, record.epochs, text)
 
-    columns = {**train, "label": train_label, "has_label": np.ones(len(train_label), np.uint8)}
-    result = fit(
-        model, columns, loss, lambda module: head.validation_loss(outputs_of(module, val), val_label), config, seed,
-        ctx.scratch, on_epoch,
+    result = fit_teacher(
+        ctx.function, model, train, train_label, val, val_label, config, ctx.config.loss, seed, ctx.scratch, on_epoch
     )  # fmt: skip
     save_weights(model, ctx.out / WEIGHTS)
     ctx.write_json("history.json", [asdict(record) for record in result.history])
@@ -45,6 +41,24 @@ def teacher(ctx: StepContext) -> None:
         labelled_samples=len(train_label), ssl=ctx.inputs["ssl_weights"].skipped is None,
     )  # fmt: skip
     ctx.observed["samples_per_s"] = result.samples_per_s
+
+
+def fit_teacher(
+    function: RanFunction, model: torch.nn.Module, train: Arrays, train_label: np.ndarray, val: Arrays, val_label: np.ndarray,
+    config: FitConfig, loss_options: Mapping[str, Any], seed: int, work: Path,
+    on_epoch: Callable[[EpochRecord], None] | None = None,
+) -> FitResult:  # fmt: skip
+    """Train `model` in place on labelled rows: the head's supervised loss, the function's augmentation."""
+    head = function.head()
+
+    def loss(module: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        batch = function.augment(batch, **loss_options)
+        return head.supervised_loss(module(**{name: batch[name] for name in train}), batch)
+
+    columns = {**train, "label": train_label, "has_label": np.ones(len(train_label), np.uint8)}
+    return fit(
+        model, columns, loss, lambda module: head.validation_loss(outputs_of(module, val), val_label), config, seed, work, on_epoch
+    )  # fmt: skip
 
 
 def new_teacher(ctx: StepContext) -> torch.nn.Module:
