@@ -270,9 +270,11 @@ def _colours(models: Iterable[str]) -> list[tuple[str, str]]:
     return [(model, _FIXED[model] if model in _FIXED else next(muted)) for model in models]
 
 
-def readable(text: str) -> str:
-    """A name from the tables as people write it: ``l1_rsrp_loss_db`` -> ``L1-RSRP loss``, ``top1`` -> ``Top-1``."""
-    text = re.sub(r"_(db|dbm|us|ghz)$", "", text)
+def readable(text: str, unit: bool = False) -> str:
+    """A name from the tables as people write it: ``l1_rsrp_loss_db`` -> ``L1-RSRP loss`` (with its unit: ``... [dB]``)."""
+    if match := re.search(r"_(db|dbm|us|ghz)$", text):
+        written = {"db": "dB", "dbm": "dBm", "us": "us", "ghz": "GHz"}[match[1]]
+        return readable(text[: match.start()]) + (f" [{written}]" if unit else "")
     text = re.sub(r"^top(\d+)$", r"Top-\1", text).replace("l1_rsrp", "L1-RSRP").replace("set_b", "Set B").replace("_", " ")
     return re.sub(r"\b(knn|nmse|bler|ece|int8|fp32|rsrp|mcs|los|nlos)\b", lambda m: _WRITTEN.get(m[0], m[0].upper()), text)
 

@@ -24,6 +24,7 @@ from rankd_pipeline.report.scorecard import (
     rows_of,
     score_text,
     target_text,
+    targets_heading,
 )
 
 Json = Mapping[str, Any]
@@ -138,6 +139,7 @@ def _judged(
         "tiles": _tiles(card),
         "rows": [(section, readable(name), value) for section, name, value in rows_of(card)],
         "gates": [_gate(gate) for gate in gates],
+        "targets_heading": targets_heading(card),
         "targets": [
             {"word": t.verdict, "kind": _KIND.get(t.verdict, ""), "name": t.name, "text": target_text(t)}
             for t in check_targets(card, targets)
@@ -217,7 +219,7 @@ def _table(title: str, frame: pd.DataFrame) -> dict[str, Any]:
     return {
         "title": title,
         "columns": [
-            {"name": str(name).replace("_", " "), "number": number} for name, number in zip(frame.columns, numeric, strict=True)
+            {"name": readable(str(name), unit=True), "number": number} for name, number in zip(frame.columns, numeric, strict=True)
         ],
         "rows": [[_cell(value) for value in record] for record in records],
     }

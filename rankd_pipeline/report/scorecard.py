@@ -65,7 +65,8 @@ RATE_UNITS = ("share", "fraction", "rate", "probability", "1", "")
 class Target(BaseModel):
     """A number that a run is held against beside its gates: ``value`` (a dotted path into the scorecard), divided by ``over``.
 
-    ``aim`` is the stronger figure to strive for; missing it is said, too.
+    ``aim`` is the stronger figure to strive for; missing it is said, too. ``proof`` is the path of a verdict: a target
+    whose verdict is inconclusive is not met, whatever its number.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -73,6 +74,7 @@ class Target(BaseModel):
     name: str
     value: str
     over: str | None = None
+    proof: str | None = None
     comparator: Comparator
     threshold: float
     aim: float | None = None
@@ -86,13 +88,13 @@ TARGETS: tuple[Target, ...] = (
     Target(name="distillation gain, one-sided p over seeds", value="student.kd_p", comparator="<", threshold=0.05),
     Target(name="INT8 score drop", value="quantized.drop", comparator="<=", threshold=0.005, aim=0.002),
     Target(name="paced p99.9 / budget", value="latency.p999_us", over="latency.budget_us", comparator="<=", threshold=0.2,
-           aim=0.03),
+           aim=0.03, proof="latency.verdict"),
 )  # fmt: skip
 """What holds for every function (targets: "student / teacher score", "KD gain", "INT8 PTQ drop", "p99.9 of the chosen backend")."""
 
 
 class TargetResult(BaseModel):
-    """A target with the number reached; ``verdict`` is null-like "not reached" where a step was not reached."""
+    """A target with the number reached; "not reached" where a step was not reached or the number does not apply."""
 
     name: str
     value: float | None
@@ -100,7 +102,7 @@ class TargetResult(BaseModel):
     threshold: float
     aim: float | None
     unit: str
-    verdict: Literal["met", "MISS", "not reached"]
+    verdict: Literal["met", "MISS", "INCONCLUSIVE", "not reached"]
     aim_met: bool | None
 
 
@@ -160,7 +162,7 @@ def scorecard_text(
         table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
         for target in check_targets(card, targets):
             table.add_row(_badge(target.verdict), Text(target.name), Text(target_text(target)))
-        parts += [Text("targets", style="bold"), table]
+        parts += [Text(targets_heading(card).lower(), style="bold"), table]
     parts += [Text(note) for note in notes]
     return Group(*parts)
 
@@ -222,6 +224,11 @@ def gate_text(gate: Mapping[str, Any]) -> str:
 def gate_badge(verdict: str) -> str:
     """The word a verdict is shown as: a missed gate is a MISS."""
     return {"pass": "PASS", "fail": "MISS", "inconclusive": "INCONCLUSIVE"}.get(verdict, verdict)
+
+
+def targets_heading(card: Mapping[str, Any]) -> str:
+    """Smoke runs are held against the same numbers, but nobody promised them."""
+    return "Targets, which are set for laptop scale" if card["scale"] == "smoke" else "Targets"
 
 
 def target_text(target: TargetResult) -> str:
@@ -314,23 +321,29 @@ def _badge(word: str) -> Any:
 
 
 def _check(card: Mapping[str, Any], target: Target) -> TargetResult:
-    value = _path(card, target.value)
-    over = 1.0 if target.over is None else _path(card, target.over)
+    value, over = _number(card, target.value), 1.0 if target.over is None else _number(card, target.over)
     ratio = value / over if value is not None and over else None
-    verdict: Literal["met", "MISS", "not reached"] = "not reached"
+    verdict: Literal["met", "MISS", "INCONCLUSIVE", "not reached"] = "not reached"
     aim_met = None
-    if ratio is not None:
+    if ratio is not None and target.proof is not None and _at(card, target.proof) == "inconclusive":
+        verdict = "INCONCLUSIVE"
+    elif ratio is not None:
         verdict = "met" if judge((ratio, ratio), target.comparator, target.threshold) == "pass" else "MISS"
         if target.aim is not None:
             aim_met = judge((ratio, ratio), target.comparator, target.aim) == "pass"
-    return TargetResult(value=ratio, verdict=verdict, aim_met=aim_met, **target.model_dump(exclude={"value", "over"}))
+    return TargetResult(value=ratio, verdict=verdict, aim_met=aim_met, **target.model_dump(exclude={"value", "over", "proof"}))
 
 
-def _path(card: Mapping[str, Any], path: str) -> float | None:
+def _number(card: Mapping[str, Any], path: str) -> float | None:
+    value = _at(card, path)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _at(card: Mapping[str, Any], path: str) -> Any:
     value: Any = card
     for key in path.split("."):
         value = value.get(key) if isinstance(value, Mapping) else None
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    return value
 
 
 def _pick(shape: Mapping[str, Any], found: Mapping[str, Any]) -> Json:

@@ -105,3 +105,7 @@ def test_names_are_written_as_people_do():
         "student INT8",
         "NLoS",
     ]
+    assert (
+        figures.readable("l1_rsrp_loss_db") == "L1-RSRP loss"
+        and figures.readable("l1_rsrp_loss_db", unit=True) == "L1-RSRP loss [dB]"
+    )
