@@ -10,6 +10,7 @@ import hashlib
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,30 @@ WEIGHTS_MAX_BYTES = 4 << 20  # beyond, the C source is tens of MB; such networks
 # -std=c11 also switches floating-point contraction off: the same rounding with and without FMA units.
 PORTABLE_FLAGS = ("-std=c11", "-O3", "-Wall", "-Werror")
 NATIVE_FLAGS = (*PORTABLE_FLAGS, "-march=native")
+
+
+# The generator's Gemm sums over K innermost, which no compiler may vectorise without -ffast-math. With N innermost each
+# sum keeps its order, so the result is bit for bit the same: 1.5 -> 1.1 us for a 33-32-32-64 MLP, gcc -O3, SSE2.
+GEMM_N_INNERMOST = """\
+EMX_NODE_FN void {{ op_name }}({{ dim_args }}{{ params | join(', ') }}) {
+    for (idx_t i = 0; i < {{ m }}; ++i) {
+        {{ acc_type }} acc[{{ n }}];
+        for (idx_t j = 0; j < {{ n }}; ++j) {
+            acc[j] = {{ zero_literal }};
+        }
+        for (idx_t k = 0; k < {{ k }}; ++k) {
+            const {{ c_type }} a_val = {{ input_a }}{% if trans_a %}[k][i]{% else %}[i][k]{% endif %};
+            for (idx_t j = 0; j < {{ n }}; ++j) {
+                acc[j] += a_val * {{ input_b }}[k][j];
+            }
+        }
+        for (idx_t j = 0; j < {{ n }}; ++j) {
+            const {{ c_type }} bias = {{ input_c }}[{% if c_dim1 == 1 %}0{% else %}j{% endif %}];
+            {{ output }}[i][j] = acc[j] * {{ alpha_literal }} + bias * {{ beta_literal }};
+        }
+    }
+}
+"""
 
 
 @dataclass(frozen=True)
@@ -119,20 +144,30 @@ class CModel:
 
 def _emit(model: onnx.ModelProto, name: str, checksum: str, onnx_path: Path) -> str:
     """The generator's own output for one sample a call, everything on the stack and inside the source."""
-    from emx_onnx_cgen import Compiler
+    import emx_onnx_cgen
     from emx_onnx_cgen.compiler import CompilerOptions
 
     pinned = pin_batch(model)
     del pinned.metadata_props[:]  # lineage stays in the ONNX file; the checksum ties the C source to it
-    options = CompilerOptions(
-        model_name=name, model_checksum=checksum, large_temp_threshold_bytes=0, large_weight_threshold=1 << 40
-    )
-    try:
-        # The generator raises its own and onnx's errors alike for what it cannot translate.
-        return Compiler(options).compile(pinned)
-    except Exception as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise RankdError(f"{onnx_path} cannot be written as C: {first_line}") from error
+    with tempfile.TemporaryDirectory(prefix="rankd-c-") as folder:
+        templates = Path(folder) / "templates"
+        shutil.copytree(Path(emx_onnx_cgen.__file__).parent / "templates", templates)
+        gemm = templates / "gemm_op.c.j2"
+        dense = "input_c and c_rank == 1 and c_axis != 'row' and not trans_b"
+        gemm.write_text(f"{{% if {dense} %}}\n{GEMM_N_INNERMOST}{{% else %}}\n{gemm.read_text()}{{% endif %}}\n")
+        options = CompilerOptions(
+            template_dir=templates,
+            model_name=name,
+            model_checksum=checksum,
+            large_temp_threshold_bytes=0,
+            large_weight_threshold=1 << 40,
+        )
+        try:
+            # The generator raises its own and onnx's errors alike for what it cannot translate.
+            return emx_onnx_cgen.Compiler(options).compile(pinned)
+        except Exception as error:
+            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise RankdError(f"{onnx_path} cannot be written as C: {first_line}") from error
 
 
 def _tidy(source: str, name: str) -> str:

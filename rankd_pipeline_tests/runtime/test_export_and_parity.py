@@ -110,27 +110,27 @@ def test_carried_state_goes_round_alike_in_all_runtimes(gru_toy, tmp_path):
 
 
 @needs_compiler
-def test_c_source_is_clean_and_stable_across_processes(toy, tmp_path):
+def test_c_source_is_clean_and_stable_across_processes(mlp_toy, tmp_path):
     """Same file, same C in another process with another hash seed; one symbol; no allocation; header compiles alone."""
     code = (
         "import sys; from pathlib import Path; from rankd_pipeline.runtime.c_export import generate_c;"
         "generate_c(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])"
     )
     subprocess.run(
-        [sys.executable, "-c", code, str(toy.fp32), str(tmp_path), toy.c_fp32.name],
+        [sys.executable, "-c", code, str(mlp_toy.fp32), str(tmp_path), mlp_toy.c_fp32.name],
         check=True,
         env={"PYTHONHASHSEED": "77", "PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(__file__).parents[2])},
     )
-    assert (tmp_path / toy.c_fp32.source.name).read_bytes() == toy.c_fp32.source.read_bytes()
-    library = build_shared(toy.c_fp32, tmp_path)
+    assert (tmp_path / mlp_toy.c_fp32.source.name).read_bytes() == mlp_toy.c_fp32.source.read_bytes()
+    library = build_shared(mlp_toy.c_fp32, tmp_path)
     symbols = subprocess.run(["nm", "-D", "--defined-only", str(library)], capture_output=True, text=True, check=True).stdout
-    assert re.findall(r" [TDBR] (\w+)", symbols) == [toy.c_fp32.name]
-    assert "malloc" not in toy.c_fp32.source.read_text()
-    assert str(tmp_path) not in toy.c_fp32.source.read_text()
+    assert re.findall(r" [TDBR] (\w+)", symbols) == [mlp_toy.c_fp32.name]
+    assert "malloc" not in mlp_toy.c_fp32.source.read_text()
+    assert str(tmp_path) not in mlp_toy.c_fp32.source.read_text()
     alone = tmp_path / "alone.c"
-    alone.write_text(f'#include "{toy.c_fp32.header.name}"\nint unused_{toy.c_fp32.name};\n')
+    alone.write_text(f'#include "{mlp_toy.c_fp32.header.name}"\nint unused_{mlp_toy.c_fp32.name};\n')
     subprocess.run(
-        [compiler(), "-std=c11", "-Wall", "-Wextra", "-Werror", "-c", alone, f"-I{toy.c_fp32.header.parent}", "-o",
+        [compiler(), "-std=c11", "-Wall", "-Wextra", "-Werror", "-c", alone, f"-I{mlp_toy.c_fp32.header.parent}", "-o",
          tmp_path / "alone.o"],
         check=True,
     )  # fmt: skip
