@@ -64,10 +64,9 @@ class TeacherStep(_Strict):
 
 
 class ScorecardStep(_Strict):
-    """resamples: bootstrap resamples by drop. bins: calibration bins. learned_baselines: printed beside the teacher."""
+    """resamples: bootstrap resamples by drop. learned_baselines: fitted and printed beside the teacher."""
 
     resamples: int = Field(default=2000, ge=100)
-    bins: int = Field(default=15, ge=2)
     learned_baselines: tuple[str, ...] = ()
 
 

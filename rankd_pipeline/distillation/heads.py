@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rankd_pipeline.distillation.response import hard_teacher_loss, label_loss, response_loss
-from rankd_pipeline.evaluation.calibration import ece, fit_temperature
+from rankd_pipeline.evaluation.calibration import fit_temperature
 
 Calibration = Mapping[str, float]
 ARMS = ("distilled", "scratch", "hard")
@@ -42,10 +42,6 @@ class Head(Protocol):
 
     def predictive(self, outputs: np.ndarray, calibration: Calibration) -> np.ndarray:
         """Outputs as a user sees them (probabilities), [n, K]."""
-        ...
-
-    def calibration_error(self, predicted: np.ndarray, labels: np.ndarray, bins: int) -> float:
-        """The head's calibration metric over `predictive` outputs."""
         ...
 
     def validation_loss(self, outputs: np.ndarray, labels: np.ndarray) -> float:
@@ -86,9 +82,6 @@ class ClassificationHead:
         scaled = self.calibrated(outputs.astype(np.float64), calibration)
         shifted = np.exp(scaled - scaled.max(axis=1, keepdims=True))
         return (shifted / shifted.sum(axis=1, keepdims=True)).astype(np.float32)
-
-    def calibration_error(self, predicted: np.ndarray, labels: np.ndarray, bins: int) -> float:
-        return ece(predicted, labels, bins)
 
     def validation_loss(self, outputs: np.ndarray, labels: np.ndarray) -> float:
         shifted = outputs - outputs.max(axis=1, keepdims=True)

@@ -52,6 +52,8 @@ class Baseline:
     learned: bool
     fit: Callable[[Arrays, Arrays, int], Predictor]
     needs_truth: tuple[str, ...] = ()
+    gate: bool = True
+    """False for a reference that spends more measurements than the networks: printed with the others, no gate."""
 
 
 @dataclass(frozen=True)

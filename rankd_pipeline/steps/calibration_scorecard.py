@@ -40,7 +40,7 @@ def calibration_scorecard(ctx: StepContext) -> None:
     table = evaluate_splits(ctx, corpus, models, splits, ["teacher", "teacher_raw"], baselines)
     write_table(table, ctx.out / "evaluation.parquet")
     ctx.write_json("scores.json", score_table(ctx, table, list(models), splits))
-    plain = [item.name for item in baselines if not item.learned]
+    plain = [item.name for item in baselines if not item.learned and item.gate]
     gates = judge_gates(ctx, ctx.spec.gates.calibration_scorecard, table, plain, ctx.config.resamples)
     ctx.metrics.update(_summary(ctx, table, plain, list(models), splits))
     ctx.metrics.update(

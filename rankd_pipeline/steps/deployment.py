@@ -57,7 +57,7 @@ def _judge(ctx: StepContext, predictor: Any) -> None:
     write_table(table, ctx.out / "evaluation.parquet")
     ctx.write_json("scores.json", score_table(ctx, table, list(models), splits))
     resamples = ctx.spec.steps.calibration_scorecard.resamples
-    gates = judge_gates(ctx, ctx.spec.gates.deployment, table, [item.name for item in baselines], resamples)
+    gates = judge_gates(ctx, ctx.spec.gates.deployment, table, [item.name for item in baselines if item.gate], resamples)
     score, race = headline(ctx, table, SHIPPED), ctx.inputs["latency_profile"].metrics
     ctx.metrics.update(
         score=score.value, score_ci95=list(score.ci95 or ()), test_data=corpus.version,

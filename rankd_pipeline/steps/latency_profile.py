@@ -32,7 +32,7 @@ def latency_profile(ctx: StepContext) -> None:
     (ctx.out / "latency.json").write_text(report.to_json())
     (ctx.out / "figures").mkdir(exist_ok=True)
     winner = next(item for item in report.candidates if item.runtime == report.winner)
-    picture = figures.latency_histogram(report.model_dump(mode="json"))
-    (ctx.out / "figures" / "latency.png").write_bytes(picture)
+    for name, picture in figures.latency_figures(report.model_dump(mode="json")).items():
+        (ctx.out / "figures" / f"{name}.png").write_bytes(picture)
     ctx.metrics.update(report.headline())
     ctx.metrics.update(precision=winner.precision, why=report.why, reason=report.why, host=report.host)

@@ -18,6 +18,7 @@ from rankd_pipeline.errors import ArtifactDamaged, GateStopped, RankdError
 from rankd_pipeline.progress import Progress, progress_of
 from rankd_pipeline.ran_functions.contract import RanFunction
 from rankd_pipeline.ran_functions.registry import load_function
+from rankd_pipeline.report.scorecard import gate_text
 from rankd_pipeline.settings import Settings
 from rankd_pipeline.spec import PipelineSpec
 from rankd_pipeline.steps.chain import STEPS, StepInfo
@@ -141,8 +142,7 @@ def require_passed(artifact: Artifact, enforced: bool) -> None:
     if not enforced or verdict in allowed:
         return
     lines = [
-        f"{gate['name']}: {gate['value']:.4g} {gate['unit']} (95 % {gate['ci95'][0]:.4g} to {gate['ci95'][1]:.4g}, needs "
-        f"{gate['comparator']} {gate['threshold']:g}): {gate['verdict']}. Next: {gate['next_step']}"
+        f"{gate['name']}: {gate_text(gate)}: {gate['verdict']}. Next: {gate['next_step']}"
         for gate in artifact.metrics.get("gates", [])
         if gate["verdict"] != "pass"
     ] or [str(artifact.metrics.get("reason", "see its report"))]

@@ -37,8 +37,8 @@ def student(ctx: StepContext) -> None:
     mean_validation = {arm: float(np.mean([job["validation_score"] for job in by_arm[arm]])) for arm in ("distilled", "scratch")}
     winner = max(mean_validation, key=lambda arm: mean_validation[arm])
     chosen = max(by_arm[winner], key=lambda job: job["validation_score"])
-    _publish(ctx, chosen, by_arm, temperature)
     ctx.metrics.update(temperature=temperature, arm=winner, validation=mean_validation, sweep=[_row(job) for job in sweep])
+    _publish(ctx, chosen, by_arm, temperature)
     ctx.write_json("comparison.json", {"sweep": sweep, "paired": trained, "chosen": chosen["name"]})
     ctx.write_json("history.json", chosen["history"])
 

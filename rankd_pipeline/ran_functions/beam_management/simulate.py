@@ -1,0 +1,262 @@
+"""Simulates the beam management corpus: TR 38.901 links → Set B reports (features) and Set A truth, in shards."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+from sionna.phy import config as sionna_config
+
+from rankd_pipeline.radio import codebooks, reports
+from rankd_pipeline.radio.beamspace import BeamspaceChannel, Links, Topology, beam_rsrp_dbm
+from rankd_pipeline.ran_functions.beam_management.config import BandConfig, BeamCorpusConfig, SiteConfig
+
+# One letter a drop, so that a shard says by itself which of its drops go where.
+SPLIT_OF_CODE = {
+    "L": "train", "u": "train", "v": "val", "t": "test", "s": "heldout_site", "b": "heldout_band",
+}  # fmt: skip
+INDOOR_HEIGHT_FLOOR_M = 3.0
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A piece of the corpus that can be simulated alone: some drops of one site at one band.
+
+    drop_codes has one letter a drop (see SPLIT_OF_CODE; L = labelled training drop, u = unlabelled).
+    """
+
+    index: int
+    site: str
+    band_ghz: float
+    first_drop: int
+    first_drop_of_cell: int
+    drop_codes: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class ShardTables:
+    """Rows of one shard. Only oracle labels and evaluation may read `truth`."""
+
+    features: pa.Table
+    truth: pa.Table
+
+
+def plan_shards(cfg: BeamCorpusConfig, seed: int) -> list[Shard]:
+    """Cut the corpus into shards. Drop and sample ids are dense over the plan, splits are by whole drop in every
+    (site, band) cell, and a shard's seed depends on (seed, index) alone."""
+    train_bands = [b for b in cfg.bands if b.role == "train"]
+    heldout_bands = [b for b in cfg.bands if b.role == "heldout"]
+    seen = [s for s in cfg.sites if s.role == "seen"]
+    heldout = [s for s in cfg.sites if s.role == "heldout"]
+    pools = (
+        (cfg.seen_samples, seen, train_bands, None),
+        (cfg.heldout_site_samples, heldout, train_bands, "s"),
+        (cfg.heldout_band_samples, seen, heldout_bands, "b"),
+    )
+    drops_a_shard = max(cfg.shard_samples // cfg.ues_per_drop, 1)
+    shards: list[Shard] = []
+    first_drop = 0
+    for pool, (samples, sites, bands, code) in enumerate(pools):
+        cells = [(site, band) for site in sites for band in bands]
+        if not samples:
+            continue
+        drops = math.ceil(samples / (cfg.ues_per_drop * len(cells)))
+        for cell, (site, band) in enumerate(cells):
+            rng = np.random.default_rng([seed, pool, cell])
+            codes = code * drops if code else _split_codes(cfg, drops, rng)
+            for start in range(0, drops, drops_a_shard):
+                part = codes[start : start + drops_a_shard]
+                index = len(shards)
+                shard_seed = int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+                shards.append(Shard(index, site.name, band.ghz, first_drop, start, part, shard_seed))
+                first_drop += len(part)
+    return shards
+
+
+def _split_codes(cfg: BeamCorpusConfig, drops: int, rng: np.random.Generator) -> str:
+    """Exact shares of val and test drops (rounded up, so that no split starves), the rest train."""
+    n_val, n_test = (math.ceil(share * drops - 1e-9) for share in cfg.split_shares[1:])
+    n_train = max(drops - n_val - n_test, 0)
+    n_labelled = math.ceil(cfg.labelled_share * n_train - 1e-9)
+    codes = "L" * n_labelled + "u" * (n_train - n_labelled) + "v" * n_val + "t" * n_test
+    return "".join(np.array(list(codes))[rng.permutation(len(codes))][:drops])
+
+
+def simulate_shard(cfg: BeamCorpusConfig, shard: Shard) -> ShardTables:
+    """Simulate one shard, on one thread, from its own seed: the same bytes wherever and whenever it runs.
+
+    :returns: features and truth, one row a sample in the same order (see `_tables` for the columns)
+    """
+    site = next(s for s in cfg.sites if s.name == shard.site)
+    band = next(b for b in cfg.bands if b.ghz == shard.band_ghz)
+    with _seeded(shard.seed):
+        link = _BeamLink(cfg, site, band, shard.seed)
+        drops_a_batch = max(cfg.batch_samples // cfg.ues_per_drop, 1)
+        batches = [
+            link.batch(min(drops_a_batch, len(shard.drop_codes) - start))
+            for start in range(0, len(shard.drop_codes), drops_a_batch)
+        ]
+    columns = {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}
+    return _tables(cfg, shard, site, columns)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed Sionna and hold torch to one thread; leave the caller's torch as it was."""
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    torch.set_num_threads(1)
+    sionna_config.seed = seed
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_rng_state(state)
+
+
+class _BeamLink:
+    """One site at one band: draws users and measures every beam they may see."""
+
+    def __init__(self, cfg: BeamCorpusConfig, site: SiteConfig, band: BandConfig, seed: int) -> None:
+        self.cfg, self.site, self.band = cfg, site, band
+        self.rng = np.random.default_rng([seed, 1])
+        self.generator = torch.Generator().manual_seed(seed)
+        a = cfg.array
+        self.channel = BeamspaceChannel(site.scenario, band.ghz, a.rows, a.cols, a.vertical_spacing, a.horizontal_spacing)
+        self.parents, self.children = hierarchical_codebook(cfg)
+        parts = [codebooks.wide_beams(a.rows, a.cols, cfg.set_b.rows, cfg.set_b.cols)]
+        parts += [codebooks.dft_codebook(a.rows, a.cols), self.parents]
+        self.beams = torch.from_numpy(np.concatenate(parts))
+        self.noise_dbm = reports.noise_per_re_dbm(band.scs_khz, band.noise_figure_db)
+        total_dbm = band.eirp_dbm - 10 * math.log10(cfg.n_set_a) - a.element_gain_dbi
+        self.tx_per_re_dbm = total_dbm - 10 * math.log10(12 * band.resource_blocks)
+
+    def batch(self, drops: int) -> dict[str, np.ndarray]:
+        """Simulate `drops` drops. :returns: columns, one row a user, users of a drop adjacent"""
+        cfg = self.cfg
+        topology, speed_kmh = self._topology(drops)
+        instants_s = -np.arange(cfg.history - 1, -1, -1) * cfg.ssb_period_ms * 1e-3
+        links = self.channel.links(topology, instants_s, self.generator)
+        rsrp = beam_rsrp_dbm(links.paths, links.delay_s, self.beams, self.tx_per_re_dbm, cfg.measurement.n_re, self.band.scs_khz)
+        set_b, now = rsrp[:, :, : cfg.n_set_b], rsrp[:, -1, cfg.n_set_b :]
+        set_a, parents = now[:, : cfg.n_set_a], now[:, cfg.n_set_a :]
+        reported, mask = reports.quantize_report(*self._measure(set_b), cfg.beams_in_report)
+        sweep, sweep_found = self._measure(set_a)
+        return {
+            "l1_rsrp_dbm": reported,
+            "l1_rsrp_mask": mask,
+            "speed_kmh": speed_kmh,
+            "rsrp_set_a_dbm": set_a,
+            "best_beam": set_a.argmax(-1).astype(np.int16),
+            "sweep_beam": _strongest(sweep, sweep_found),
+            "hierarchical_beam": self._hierarchical(parents, set_a),
+            "indoor": topology.indoor.reshape(-1),
+            "distance_m": np.linalg.norm(topology.ut_xyz_m - np.float32([0, 0, self.site.bs_height_m]), axis=-1).reshape(-1),
+            **_link_columns(links),
+        }
+
+    def _topology(self, drops: int) -> tuple[Topology, np.ndarray]:
+        """Users uniform over the sector's area; indoor users on a floor of a 4-8 storey house (TR 38.901 Table 7.2-1)."""
+        site, users, rng = self.site, self.cfg.ues_per_drop, self.rng
+        shape = (drops, users)
+        # A hexagonal three-sector cell reaches ISD*2/3 in its boresight; the circle of equal area is what matters here.
+        reach = site.isd_m * math.sqrt(math.sqrt(3) / 2 / math.pi)
+        radius = np.sqrt(rng.uniform(site.min_distance_m**2, max(reach, site.min_distance_m + 10) ** 2, shape))
+        azimuth = np.radians(rng.uniform(-0.5, 0.5, shape) * site.sector_deg)
+        indoor = rng.random(shape) < site.indoor_share
+        floor = np.floor(rng.random(shape) * rng.integers(4, 9, shape))
+        height = np.where(indoor, INDOOR_HEIGHT_FLOOR_M * floor + 1.5, 1.5)
+        xyz = np.stack([radius * np.cos(azimuth), radius * np.sin(azimuth), height], axis=-1)
+        # Whoever is inside a house walks.
+        speed = rng.uniform(*site.speed_kmh, shape)
+        speed = np.where(indoor, np.minimum(speed, 3.0), speed)
+        heading = rng.uniform(-np.pi, np.pi, shape)
+        velocity = np.stack([np.cos(heading), np.sin(heading), np.zeros(shape)], -1) * (speed / 3.6)[..., None]
+        topology = Topology(xyz.astype(np.float32), velocity.astype(np.float32), indoor, site.bs_height_m, site.downtilt_deg)
+        return topology, speed.reshape(-1).astype(np.float32)
+
+    def _measure(self, rsrp_dbm: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        m = self.cfg.measurement
+        return reports.measure_rsrp(
+            rsrp_dbm, self.noise_dbm, m.n_re, m.coherent_re, m.implementation_error_db, m.detection_snr_db, self.rng
+        )
+
+    def _hierarchical(self, parents_dbm: np.ndarray, set_a_dbm: np.ndarray) -> np.ndarray:
+        """Two-stage sweep: best parent, then the best of its children; both stages measured with noise of their own."""
+        measured, found = self._measure(parents_dbm)
+        candidates = self.children[_strongest(measured, found)]
+        measured, found = self._measure(np.take_along_axis(set_a_dbm, candidates, axis=1))
+        picked = _strongest(measured, found)
+        return np.take_along_axis(candidates, picked[:, None].astype(np.int64), axis=1)[:, 0].astype(np.int16)
+
+
+def hierarchical_codebook(cfg: BeamCorpusConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Parents and children of the two-stage sweep that spends no more measurements than Set B has beams.
+
+    Of all divisions into parents_v x parents_h blocks that fit (parents + children of one parent ≤ n_set_b), the one
+    with the most parents is taken, and of those the finest in azimuth, where users are spread.
+    """
+    a = cfg.array
+    fits = [
+        (v * h, h, v)
+        for v in range(1, a.rows + 1)
+        for h in range(1, a.cols + 1)
+        if a.rows % v == 0 and a.cols % h == 0 and v * h + cfg.n_set_a // (v * h) <= max(cfg.n_set_b, 2 * math.isqrt(cfg.n_set_a))
+    ]
+    _, h, v = max(fits)
+    return codebooks.parent_beams(a.rows, a.cols, v, h)
+
+
+def _strongest(measured_dbm: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """Index of the strongest detected beam; where none was detected, of the largest correlation."""
+    level = np.where(found | ~found.any(-1, keepdims=True), measured_dbm, -np.inf)
+    return level.argmax(-1).astype(np.int16)
+
+
+def _link_columns(links: Links) -> dict[str, np.ndarray]:
+    names = ("los", "k_factor_db", "delay_spread_ns", "asd_deg", "asa_deg", "coupling_loss_db")
+    return {name: getattr(links, name) for name in names}
+
+
+def _tensor(values: np.ndarray) -> pa.Array:
+    return pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(values))
+
+
+def _tables(cfg: BeamCorpusConfig, shard: Shard, site: SiteConfig, columns: dict[str, np.ndarray]) -> ShardTables:
+    users = cfg.ues_per_drop
+    codes = np.repeat(np.array(list(shard.drop_codes)), users)
+    n = len(codes)
+    drop_id = shard.first_drop + np.arange(n) // users
+    sample_id = pa.array(shard.first_drop * users + np.arange(n, dtype=np.int64))
+    # Drops are independent snapshots; they are stamped one second apart in their cell.
+    time_s = (shard.first_drop_of_cell + np.arange(n) // users).astype(np.float64)
+
+    def constant(value: str) -> pa.Array:
+        return pa.array([value] * n)
+
+    features = pa.table({
+        "sample_id": sample_id,
+        "drop_id": pa.array(drop_id.astype(np.int64)),
+        "group": constant("main"),
+        "source": constant("sionna"),
+        "site": constant(shard.site),
+        "band_ghz": pa.array(np.full(n, shard.band_ghz, np.float32)),
+        "scenario": constant(site.scenario),
+        "split": pa.array([SPLIT_OF_CODE[c] for c in codes]),
+        "labelled": pa.array(codes != "u"),
+        "speed_kmh": pa.array(columns["speed_kmh"]),
+        "time_s": pa.array(time_s),
+        "l1_rsrp_dbm": _tensor(columns["l1_rsrp_dbm"]),
+        "l1_rsrp_mask": _tensor(columns["l1_rsrp_mask"]),
+    })  # fmt: skip
+    truth = {"sample_id": sample_id, "rsrp_set_a_dbm": _tensor(columns["rsrp_set_a_dbm"])}
+    for name in (
+        "best_beam", "los", "indoor", "distance_m", "coupling_loss_db", "delay_spread_ns", "asd_deg", "asa_deg",
+        "k_factor_db", "hierarchical_beam", "sweep_beam",
+    ):  # fmt: skip
+        truth[name] = pa.array(columns[name])
+    return ShardTables(features, pa.table(truth))
