@@ -127,7 +127,7 @@ def _supervise(request: _Request, current: Settings, pipeline: str, tell: Callab
     command = [sys.executable, "-m", module, json.dumps(asdict(request)), str(writable), str(os.getpid())]
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, env=_environment(current), stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=(writable,)
+            command, env=child_environment(current), stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=(writable,)
         )  # fmt: skip
     os.close(writable)
     outcome: RunOutcome | None = None
@@ -157,10 +157,11 @@ def _supervise(request: _Request, current: Settings, pipeline: str, tell: Callab
     return RunOutcome(None, "failed", None, message, exit_code=1)
 
 
-def _environment(current: Settings) -> dict[str, str]:
+def child_environment(current: Settings) -> dict[str, str]:
+    """The environment under which a child process sees these settings, with all telemetry off."""
     own = {
         "RANKD_HOME": str(current.home),
-        "RANKD_STORE": current.store_uri,
+        "RANKD_STORE": current.store_uri if "://" in current.store_uri else str(Path(current.store_uri).absolute()),
         "RANKD_MLFLOW_URI": current.mlflow_uri,
         "RANKD_WORKERS": str(current.workers),
         "DAGSTER_HOME": str(current.dagster_home),
