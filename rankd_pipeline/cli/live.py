@@ -47,8 +47,10 @@ class Board:
         self.rows = {step: Row() for step in steps}
         self.notes: list[str] = []
 
-    def note(self, event: "StepEvent") -> None:
-        """Take one event in."""
+    def note(self, event: "StepEvent") -> bool:
+        """Take one event in; False if it says nothing that a person wants to know."""
+        if event.state == "note" and event.text.startswith("Dependencies for step"):
+            return False  # Dagster, on every step behind a failed one
         row = self.rows.get(event.step)
         if row is None:
             self.notes.append(event.text)
@@ -62,6 +64,7 @@ class Board:
             row.text = event.text
         else:
             self.notes.append(f"{event.step}: {event.text}")
+        return True
 
     def refresh(self) -> None:
         """Read the progress files; a step that another process makes shows here too."""
@@ -107,8 +110,8 @@ class _Screen:
 
     def note(self, event: "StepEvent") -> None:
         with self._guard:
-            self.board.note(event)
-            self.told(event)
+            if self.board.note(event):
+                self.told(event)
 
     def draw(self) -> None:
         """Show the board as it is now."""
