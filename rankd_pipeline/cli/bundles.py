@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from rankd_pipeline.cli.console import console
 from rankd_pipeline.errors import RankdError
 from rankd_pipeline.settings import Settings, settings
 
@@ -165,46 +166,47 @@ def _metadata_problems(model: Path, made: Mapping[str, "Made"]) -> list[str]:
 
 
 def _print_tree(found: "Lineage") -> None:
-    from datetime import datetime
-
-    from rich.console import Console
+    from rich.text import Text
     from rich.tree import Tree
 
     by_recipe = {item.recipe: item for item in found.made.values()}
     shown: set[str] = set()
 
-    def describe(item: "Made") -> str:
-        when = datetime.fromtimestamp(item.finished).strftime("%Y-%m-%d %H:%M") if item.finished else "time unknown"
-        run = f"run {item.run_id[:8]}" if item.run_id else "no run id"
-        skipped = f"\n[dim]skipped: {item.skipped}[/dim]" if item.skipped else ""
-        return (
-            f"[bold]{item.step}[/bold] {item.recipe}  content {item.version[:12]}  code {item.code_version}\n"
-            f"[dim]{item.scale}, seed {item.seed}, variant {item.variant}, {run}, {when}; {item.checked}[/dim]{skipped}"
-        )
-
     def grow(tree: Tree, recipe: str) -> None:
         item = by_recipe.get(recipe)
         if item is None:
-            tree.add(f"[red]{recipe}: not proven[/red]")
+            tree.add(Text(f"{recipe}: not proven", "red"))
         elif recipe in shown:
-            tree.add(f"[bold]{item.step}[/bold] {recipe} [dim](above)[/dim]")
+            tree.add(Text.assemble((item.step, "bold"), f" {recipe} (above)"))
         else:
             shown.add(recipe)
-            branch = tree.add(describe(item))
+            branch = tree.add(Text.assemble((item.step, "bold"), *_described(item)))
             for name in item.inputs:
                 grow(branch, item.inputs[name])
 
-    root = Tree(f"[bold]{found.path}[/bold]  ({found.pipeline})")
+    root = Tree(Text.assemble((found.path, "bold"), f"  ({found.pipeline})"))
     for sha256 in found.inputs.values():
         grow(root, found.made[sha256].recipe if sha256 in found.made else sha256[:24])
-    console = Console(soft_wrap=True, highlight=False)
-    console.print(root)
-    console.print(
+    console().print(root)
+    click.echo(
         "sites whose data it has seen: " + (", ".join(f"{name} ({rows})" for name, rows in found.sites.items()) or "unknown")
     )
     for problem in found.problems:
-        console.print(f"[red]PROBLEM[/red] {problem}")
-    console.print(f"{len(found.made)} artifacts: " + ("every hash that could be checked holds." if found.intact else "NOT intact."))
+        click.secho(f"PROBLEM {problem}", fg="red")
+    click.echo(f"{len(found.made)} artifacts: " + ("every hash that could be checked holds." if found.intact else "NOT intact."))
+
+
+def _described(item: "Made") -> list[tuple[str, str]]:
+    """(text, style) of an artifact after its name: identity, then what made it and how far it was checked."""
+    from datetime import datetime
+
+    when = datetime.fromtimestamp(item.finished).strftime("%Y-%m-%d %H:%M") if item.finished else "time unknown"
+    run = f"run {item.run_id[:8]}" if item.run_id else "no run id"
+    lines = [f"{item.scale}, seed {item.seed}, variant {item.variant}, {run}, {when}; {item.checked}"]
+    if item.skipped:
+        lines.append(f"skipped: {item.skipped}")
+    identity = f" {item.recipe}  content {item.version[:12]}  code {item.code_version}"
+    return [(identity, ""), *((f"\n{line}", "dim") for line in lines)]
 
 
 def bundle_path(text: str, current: Settings) -> Path:
@@ -278,7 +280,6 @@ def profile(model: Path, budget_us: float, slot_us: float, runs: int, as_json: b
 
 
 def _print_race(headline: Mapping[str, Any], why: str) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(
@@ -291,6 +292,5 @@ def _print_race(headline: Mapping[str, Any], why: str) -> None:
             continue
         figures = [f"{paced[key]:.2f}" for key in ("p50_us", "p99_us", "p999_us", "max_us")]
         table.add_row(item["runtime"], *figures, f"{back['p50_us']:.2f}", f"{control:.2f}", item["verdict"])
-    console = Console(soft_wrap=True)
-    console.print(table)
-    console.print(f"{headline['runtime']} against {headline['budget_us']:g} us: {headline['verdict']} ({why})")
+    console().print(table)
+    click.echo(f"{headline['runtime']} against {headline['budget_us']:g} us: {headline['verdict']} ({why})")

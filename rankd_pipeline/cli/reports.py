@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from rankd_pipeline.cli.console import console
 from rankd_pipeline.cli.runs import SCALE
 from rankd_pipeline.errors import RankdError
 from rankd_pipeline.settings import Settings, settings
@@ -99,14 +100,13 @@ def summary_of(pipeline: str, recipes: Mapping[str, str], current: Settings) -> 
 
 def print_scorecard(pipeline: str, recipes: Mapping[str, str], current: Settings) -> None:
     """The scorecard on the terminal, and where bundle, model card and report lie; writes the report's page."""
-    from rich.console import Console
 
     from rankd_pipeline.report.scorecard import scorecard_text
     from rankd_pipeline.steps.summary import write_report
 
     summary = summary_of(pipeline, recipes, current)
     page = write_report(summary, report_path(pipeline, summary, current))
-    Console(soft_wrap=True).print(scorecard_text(summary.scorecard, summary.gates, notes=summary.notes))
+    console().print(scorecard_text(summary.scorecard, summary.gates, notes=summary.notes))
     deployed = summary.scorecard["deployment"]
     click.echo(f"\nreport:     {page}")
     if deployed is not None and deployed["bundle"]:
@@ -142,11 +142,10 @@ def ablate(function: str, name: str, scale: str, seed: int, as_json: bool) -> No
     if as_json:
         click.echo(json.dumps(result, indent=1))
         return
-    from rich.console import Console
     from rich.table import Table
 
     rows = result["rows"]
     table = Table(*rows[0], box=None, pad_edge=False, title=result.get("title"))
     for row in rows:
         table.add_row(*(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console().print(table)
+    console().print(table)

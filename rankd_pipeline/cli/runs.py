@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from rankd_pipeline.cli.console import console
 from rankd_pipeline.errors import RankdError
 from rankd_pipeline.settings import Settings, settings
 
@@ -84,7 +85,6 @@ def _say_outcome(outcome: "RunOutcome", pipeline: str, scale: str, current: Sett
 @click.option("--variant", default="default", show_default=True)
 def plan(function: str, scale: str, seed: int, variant: str) -> None:
     """What a run of FUNCTION would make anew, why, and about how long it took last time."""
-    from rich.console import Console
     from rich.table import Table
 
     from rankd_pipeline.spec import load_pipeline
@@ -97,7 +97,7 @@ def plan(function: str, scale: str, seed: int, variant: str) -> None:
     for row in rows:
         about = "" if row.seconds is None else f"{row.seconds:.1f} s" if row.runs else f"(took {row.seconds:.1f} s)"
         table.add_row(row.step, "yes" if row.runs else "no", row.reason, about)
-    Console().print(table)
+    console().print(table)
     running = [row for row in rows if row.runs]
     known = sum(row.seconds for row in running if row.seconds is not None)
     unknown = sum(row.seconds is None for row in running)
@@ -108,7 +108,6 @@ def plan(function: str, scale: str, seed: int, variant: str) -> None:
 @click.command()
 def functions() -> None:
     """The RAN functions and pipelines that this installation knows, and what serves now."""
-    from rich.console import Console
     from rich.table import Table
 
     from rankd_pipeline.ran_functions.registry import load_function
@@ -126,7 +125,7 @@ def functions() -> None:
             name, config.title or function.title, f"{function.metric.name} ({function.metric.unit}, {better} is better)",
             f"{config.at().steps.latency_profile.budget_us:g} us", f"v{champion.version}" if champion else "none",
         )  # fmt: skip
-    Console().print(table)
+    console().print(table)
 
 
 @click.command()
