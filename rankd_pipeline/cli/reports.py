@@ -13,6 +13,7 @@ from rankd_pipeline.errors import RankdError
 from rankd_pipeline.settings import Settings, settings
 
 if TYPE_CHECKING:
+    from rankd_pipeline.spec import PipelineConfig
     from rankd_pipeline.steps.summary import Summary
     from rankd_pipeline.store.artifact import Store
 
@@ -28,13 +29,16 @@ def report(function: str, champion: bool, scale: str | None, as_json: bool) -> N
     from rankd_pipeline.steps.runner import open_store
 
     current = settings()
-    pipeline = load_pipeline(function).pipeline
+    config = load_pipeline(function)
     store = open_store(current)
-    recipes = champion_recipes(pipeline, store, current) if champion else last_recipes(pipeline, scale, store, current)
-    if as_json:
-        click.echo(json.dumps(summary_of(pipeline, recipes, current).scorecard, indent=1, allow_nan=False))
+    if champion:
+        recipes = champion_recipes(config.pipeline, store, current)
     else:
-        print_scorecard(pipeline, recipes, current)
+        recipes = last_recipes(config.pipeline, scale, store, current)
+    if as_json:
+        click.echo(json.dumps(summary_of(config, recipes, current).scorecard, indent=1, allow_nan=False))
+    else:
+        print_scorecard(config, recipes, current)
 
 
 def last_recipes(pipeline: str, scale: str | None, store: "Store", current: Settings) -> dict[str, str]:
@@ -79,33 +83,32 @@ def champion_recipes(pipeline: str, store: "Store", current: Settings) -> dict[s
     return recipes
 
 
-def summary_of(pipeline: str, recipes: Mapping[str, str], current: Settings) -> "Summary":
+def summary_of(config: "PipelineConfig", recipes: Mapping[str, str], current: Settings) -> "Summary":
     """Sum up the artifacts with these recipes under the configuration that made them."""
-    from rankd_pipeline.spec import load_pipeline
     from rankd_pipeline.steps.chain import STEPS
     from rankd_pipeline.steps.promotion import open_ledger
     from rankd_pipeline.steps.runner import open_store
     from rankd_pipeline.steps.summary import summarise
 
-    store = open_store(current)
+    store, pipeline = open_store(current), config.pipeline
     found = {step: store.get(pipeline, step, recipes[step]) for step in STEPS if step in recipes}
     artifacts = {step: artifact for step, artifact in found.items() if artifact is not None}
     if not artifacts:
         raise RankdError(f"{pipeline}: what its last run made is no longer in {store.uri}; run `rankd run {pipeline}` again.")
     recipe = next(iter(artifacts.values())).manifest["recipe"]
-    spec = load_pipeline(pipeline).at(recipe["scale"], recipe["seed"], recipe["variant"])
+    spec = config.at(recipe["scale"], recipe["seed"], recipe["variant"])
     entries = [item for item in open_ledger(current, pipeline).entries() if item.recipe == recipes.get("deployment")]
     return summarise(spec, artifacts, entries[-1] if entries else None)
 
 
-def print_scorecard(pipeline: str, recipes: Mapping[str, str], current: Settings) -> None:
+def print_scorecard(config: "PipelineConfig", recipes: Mapping[str, str], current: Settings) -> None:
     """The scorecard on the terminal, and where bundle, model card and report lie; writes the report's page."""
 
     from rankd_pipeline.report.scorecard import scorecard_text
     from rankd_pipeline.steps.summary import write_report
 
-    summary = summary_of(pipeline, recipes, current)
-    page = write_report(summary, report_path(pipeline, summary, current))
+    summary = summary_of(config, recipes, current)
+    page = write_report(summary, report_path(config.pipeline, summary, current))
     console().print(scorecard_text(summary.scorecard, summary.gates, notes=summary.notes))
     deployed = summary.scorecard["deployment"]
     click.echo(f"\nreport:     {page}")

@@ -1,7 +1,6 @@
 """`rankd init`, `run`, `plan`, `functions` and `ui`: set up a home, run a chain, say what a run would do."""
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -12,6 +11,7 @@ from rankd_pipeline.settings import Settings, settings
 
 if TYPE_CHECKING:
     from rankd_pipeline.orchestration.execute import RunOutcome
+    from rankd_pipeline.spec import PipelineConfig
 
 # Kept here so that --help needs no pydantic; a test holds it equal to spec.SCALES.
 SCALE = click.Choice(["smoke", "laptop", "gpu"])
@@ -47,26 +47,26 @@ def run(function: str, scale: str, seed: int, variant: str, steps: tuple[str, ..
     from rankd_pipeline.steps.chain import STEPS
 
     current, started = settings(), time.monotonic()
-    pipeline = load_pipeline(function)
-    pipeline.at(scale, seed, variant)  # a wrong key is told before anything is set up
+    config = load_pipeline(function)
+    config.at(scale, seed, variant)  # a wrong key is told before anything is set up
     unknown = next((step for step in steps if step not in STEPS), None)
     if unknown:
         raise RankdError(f"step {unknown!r}: unknown; expected one of {', '.join(STEPS)}.")
     prepare_home(current)
-    with watched(pipeline.pipeline, steps or tuple(STEPS), current.progress_dir) as watch:
+    with watched(config.pipeline, steps or tuple(STEPS), current.progress_dir) as watch:
         outcome = execute_chain(function, scale, seed, variant, current, steps or None, watch=watch)
-    return _say_outcome(outcome, pipeline.pipeline, scale, current, time.monotonic() - started)
+    return _say_outcome(outcome, config, current, time.monotonic() - started)
 
 
-def _say_outcome(outcome: "RunOutcome", pipeline: str, scale: str, current: Settings, seconds: float) -> int:
+def _say_outcome(outcome: "RunOutcome", config: "PipelineConfig", current: Settings, seconds: float) -> int:
     """The scorecard, where things lie, and how the run ended."""
     from rankd_pipeline.cli.reports import print_scorecard
     from rankd_pipeline.steps.runner import open_store
 
     store = open_store(current)
-    use = next((use for use in store.runs(pipeline) if use.run_id == outcome.run_id), None)
+    use = next((use for use in store.runs(config.pipeline) if use.run_id == outcome.run_id), None)
     if use is not None and outcome.status in ("success", "stopped"):
-        print_scorecard(pipeline, use.recipes, current)
+        print_scorecard(config, use.recipes, current)
     if outcome.status == "success":
         click.echo(f"\nDone in {seconds:.0f} s. Look at it: `rankd ui` (Dagster on 127.0.0.1:3000, MLflow on 127.0.0.1:5000).")
         return 0
@@ -74,7 +74,7 @@ def _say_outcome(outcome: "RunOutcome", pipeline: str, scale: str, current: Sett
     at = f" at {outcome.failed_step}" if outcome.failed_step else ""
     click.echo(f"\nrankd: {what}{at}: {outcome.message}", err=True)
     if outcome.status == "failed":
-        click.echo(f"The run's log: {current.home / 'logs' / (pipeline + '.log')}", err=True)
+        click.echo(f"The run's log: {current.home / 'logs' / (config.pipeline + '.log')}", err=True)
     return outcome.exit_code or 1
 
 
@@ -138,10 +138,3 @@ def ui(port: int, mlflow_port: int) -> int:
     current = settings()
     prepare_home(current)
     return serve(current, port, mlflow_port)
-
-
-def pipeline_of(name: str) -> str:
-    """The name of the pipeline that a command was given by name or by path to its YAML."""
-    from rankd_pipeline.spec import load_pipeline
-
-    return load_pipeline(Path(name) if Path(name).is_file() else name).pipeline

@@ -326,6 +326,10 @@ class Store:
                 continue
         return sorted(found.values(), key=lambda use: (-use.last_used, use.run_id))
 
+    def forget_run(self, pipeline: str, run_id: str) -> None:
+        """Drop the note of what a run reached."""
+        self._fs.rm(f"{self._root.rstrip('/')}/.runs/{pipeline}/{run_id}", recursive=True)
+
     def remove(self, artifact: Artifact) -> None:
         """Delete one artifact; the manifest goes first, so that a stop half way leaves nothing that looks whole."""
         folder = self.folder(artifact.pipeline, artifact.step, artifact.recipe)

@@ -19,12 +19,17 @@ DRAFT_DAYS = 7.0
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a collection would do. kept maps a recipe to why; damaged are folders whose manifest cannot be read."""
+    """What a collection would do.
+
+    kept maps a recipe to why. drafts are work folders of stopped runs, damaged are folders whose manifest cannot be read,
+    old_runs the (pipeline, run id) notes that are no longer needed: of each scale the last run is remembered.
+    """
 
     kept: Mapping[str, str]
     removable: tuple[Artifact, ...]
     drafts: tuple[Path, ...]
     damaged: tuple[Path, ...]
+    old_runs: tuple[tuple[str, str], ...]
 
     @property
     def bytes(self) -> int:
@@ -74,9 +79,14 @@ def sweep(store: Store, ledgers: Iterable[Ledger], pins: Mapping[str, str], now:
         for entry in ledger.entries():
             if entry.event == "champion":
                 _reach(entry.recipe, f"champion history, version {entry.version}", artifacts, kept)
-    for pipeline in {item.pipeline for item in artifacts.values()}:
-        for run in store.runs(pipeline)[:KEEP_RUNS]:
-            for recipe in run.recipes.values():
+    old_runs: list[tuple[str, str]] = []
+    for pipeline in sorted({item.pipeline for item in artifacts.values()}):
+        scales: set[str] = set()
+        for position, run in enumerate(store.runs(pipeline)):
+            if position >= KEEP_RUNS and run.scale in scales:
+                old_runs.append((pipeline, run.run_id))
+            scales.add(run.scale)
+            for recipe in run.recipes.values() if position < KEEP_RUNS else ():
                 _reach(recipe, f"run {run.run_id[:8]}", artifacts, kept)
     for recipe, why in pins.items():
         _reach(recipe, f"pinned: {why}" if why else "pinned", artifacts, kept)
@@ -85,6 +95,7 @@ def sweep(store: Store, ledgers: Iterable[Ledger], pins: Mapping[str, str], now:
         removable=tuple(item for recipe, item in artifacts.items() if recipe not in kept),
         drafts=tuple(_old_drafts(store, now if now is not None else time.time())),
         damaged=tuple(sorted(_damaged(store, artifacts))),
+        old_runs=tuple(old_runs),
     )
 
 
@@ -124,6 +135,8 @@ def apply(store: Store, plan: Sweep) -> None:
     for artifact in plan.removable:
         with store.lock(f"{artifact.pipeline}-{artifact.step}-{artifact.recipe}", timeout=0):
             store.remove(artifact)
+    for pipeline, run_id in plan.old_runs:
+        store.forget_run(pipeline, run_id)
     for draft in plan.drafts:
         with store.lock("-".join(draft.parts[-3:]), timeout=0):
             shutil.rmtree(draft)

@@ -24,7 +24,7 @@ from rankd_pipeline.progress import progress_of
 from rankd_pipeline.ran_functions.registry import load_function
 from rankd_pipeline.settings import Settings
 from rankd_pipeline.settings import settings as read_settings
-from rankd_pipeline.spec import SCALES
+from rankd_pipeline.spec import SCALES, load_pipeline
 from rankd_pipeline.store.artifact import Store
 from rankd_pipeline.store.lineage import LINEAGE
 from rankd_pipeline_tests.store.test_lineage import bundle, chain
@@ -165,7 +165,7 @@ def test_a_home_that_cannot_be_written_is_one_sentence(
 @pytest.mark.parametrize(("status", "code"), [("stopped", 3), ("failed", 1), ("interrupted", 130)])
 def test_how_a_run_ended_is_said_with_its_next_step(status: str, code: int, capsys: pytest.CaptureFixture[str]) -> None:
     outcome = RunOutcome("run-1", status, "teacher", "too few labels. Next: add labels", exit_code=code)  # type: ignore[arg-type]
-    assert _say_outcome(outcome, "beam_management", "laptop", read_settings(), 3.0) == code
+    assert _say_outcome(outcome, load_pipeline("beam_management"), read_settings(), 3.0) == code
     err = capsys.readouterr().err
     assert "at teacher: too few labels. Next: add labels" in err and ("log:" in err) == (status == "failed")
 

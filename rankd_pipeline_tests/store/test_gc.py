@@ -31,7 +31,7 @@ def test_the_last_three_runs_are_kept_with_what_they_reached(tmp_path: Path) -> 
     assert len(list(store.artifacts())) == 5 * len(CHAIN), "a sweep is a dry run"
     apply(store, plan)
     assert {item.recipe for item in store.artifacts()} == set(plan.kept)
-    assert sweep(store, [], {}).removable == ()
+    assert sweep(store, [], {}).removable == () and [use.run_id for use in store.runs("toy")] == ["run-4", "run-3", "run-2"]
 
 
 def test_a_run_that_only_reused_counts_as_a_run(tmp_path: Path) -> None:
