@@ -67,7 +67,7 @@ def _step_asset(config: PipelineConfig, info: StepInfo) -> dg.AssetsDefinition:
             spec = rankd.spec(config)
             current = settings()
             artifact = run_step(
-                info.name, spec, open_store(current), current, run_id=context.run_id, note=context.log.info
+                info.name, spec, open_store(current), current, run_id=context.run.run_id, note=context.log.info
             )  # fmt: skip
             metadata = {**step_metadata(artifact), **_tracked(context, mlflow, artifact, spec)}
         return dg.MaterializeResult(
@@ -85,7 +85,7 @@ def _tracked(context: dg.AssetExecutionContext, mlflow: MlflowTracking, artifact
     """Log the artifact's model to MLflow; a deployment is first entered in the ledger, whose aliases MLflow then mirrors."""
     tracker = mlflow.tracker()
     ledger = _promote(context, artifact, spec) if artifact.step == "deployment" and not artifact.skipped else None
-    result = tracker.track(artifact, spec, context.run_id, "/".join(context.asset_key.path))
+    result = tracker.track(artifact, spec, context.run.run_id, "/".join(context.asset_key.path))
     if result is None:
         return {}
     problem = result.problem
@@ -105,7 +105,7 @@ def _promote(context: dg.AssetExecutionContext, artifact: Artifact, spec: Pipeli
     from rankd_pipeline.steps.promotion import open_ledger, promote
 
     current = settings()
-    entry = promote(spec, artifact, open_store(current), current, context.run_id)
+    entry = promote(spec, artifact, open_store(current), current, context.run.run_id)
     context.log.info(f"version {entry.version}: {entry.event}, {entry.reason}")
     ledger = open_ledger(current, spec.pipeline)
     champion = ledger.champion()

@@ -274,7 +274,7 @@ class _Watcher:
     def _note(self, entry: Any) -> None:
         event = entry.dagster_event
         if event is None:
-            if entry.step_key and entry.level >= 20:
+            if entry.step_key and 20 <= entry.level <= 30:  # a step's own notes and warnings; Dagster's errors have events
                 self._tell(_step_name(entry.step_key), "note", entry.user_message)
             return
         step, kind = _step_name(event.step_key or ""), event.event_type_value

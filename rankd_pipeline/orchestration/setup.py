@@ -57,14 +57,14 @@ def initialise(current: Settings) -> bool:
 
 
 def _fingerprint(current: Settings) -> dict[str, Any]:
-    """What the set-up depends on. Servers appear as hashes: their URLs may hold a password."""
+    """What the set-up depends on; a home may be moved. Servers appear as hashes: their URLs may hold a password."""
     return {
         "template": hashlib.sha256(TEMPLATE.read_bytes()).hexdigest()[:16],
         "pipelines": sorted(path.parent.name for path in DEFS.glob("*/defs.yaml")),
         "dagster": version("dagster"),
         "mlflow": version("mlflow"),
         "postgres": _short_hash(current.postgres_url),
-        "mlflow_uri": _short_hash(current.mlflow_uri),
+        "mlflow_uri": _short_hash(current.mlflow_uri.replace(str(current.home), "")),
     }
 
 
