@@ -139,6 +139,7 @@ def load_bundle(path: Path) -> Predictor:
 
 def python_caller(signature: ModelSignature) -> str:
     """The ten lines that call the model from Python with onnxruntime alone."""
+    names = json.dumps(signature.output_names)
     lines = [
         '"""Call the model once. Needs numpy and onnxruntime."""',
         "from pathlib import Path",
@@ -148,8 +149,8 @@ def python_caller(signature: ModelSignature) -> str:
         "inputs = {",
     ]
     for spec in signature.inputs:
-        lines.append(f'    "{spec.name}": np.ones((1, *{spec.shape}), dtype="{spec.dtype}"),  # {_describe(spec)}')
-    lines += ["}", f"outputs = dict(zip({signature.output_names}, session.run({signature.output_names}, inputs)))"]
+        lines.append(f'    "{spec.name}": np.ones({(1, *spec.shape)}, dtype="{spec.dtype}"),  # {_describe(spec)}')
+    lines += ["}", f"outputs = dict(zip({names}, session.run({names}, inputs), strict=True))"]
     if signature.state:
         lines.append(f"# carried state: feed back, next call, {signature.state}")
     lines.append(f'print("{signature.decision.name}", outputs["{signature.decision.name}"])')
