@@ -69,6 +69,12 @@ def _fingerprint(current: Settings) -> dict[str, Any]:
 
 
 def _stamp(current: Settings) -> dict[str, Any] | None:
+    """The fingerprint of the last set-up; None if there was none, or if what it made was taken away."""
+    database = current.mlflow_uri.removeprefix("sqlite:///")
+    if database != current.mlflow_uri and not Path(database).is_file():
+        return None
+    if not (current.dagster_home / "dagster.yaml").is_file():
+        return None
     try:
         return json.loads((current.home / STAMP).read_text())
     except (OSError, ValueError):
@@ -147,6 +153,8 @@ def _start_mlflow_migration(current: Settings) -> "tuple[subprocess.Popen[bytes]
         working.unlink(missing_ok=True)
         if database.exists():
             shutil.copyfile(database, working)
+        else:
+            shutil.rmtree(current.mlflow_dir / "tracked", ignore_errors=True)  # what a lost database knew
         uri = f"sqlite:///{working}"
     environment = {**os.environ, **TELEMETRY_OFF}
     command = [sys.executable, "-m", "mlflow", "db", "upgrade", uri]
