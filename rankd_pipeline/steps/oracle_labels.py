@@ -5,7 +5,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rankd_pipeline.errors import RankdError
-from rankd_pipeline.ingest.annotations import read_annotations
 from rankd_pipeline.settings import inside
 from rankd_pipeline.steps.data import FEATURES, LABELS, TRUTH, features_of
 from rankd_pipeline.steps.runner import StepContext
@@ -79,6 +78,8 @@ def _oracle(ctx: StepContext, labelled: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _expert(ctx: StepContext, corpus) -> dict[str, np.ndarray]:
+    from rankd_pipeline.ingest.annotations import read_annotations
+
     path = inside(ctx.home, ctx.config.annotations, "steps.oracle_labels.annotations")
     known = read_columns(corpus.file(FEATURES), ["sample_id"])["sample_id"]
     good, rejected = read_annotations(path, ctx.function.schema(ctx.corpus_config).label.classes, known)
