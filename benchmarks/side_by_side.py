@@ -1,0 +1,261 @@
+"""rankd against the plain way of doing the same, side by side in one run: `python -m benchmarks.side_by_side [NAME ...]`.
+
+Each comparison alternates the two sides (A B A B ...) and prints the median of the paired ratios, so that what else the
+host does hits both alike. `--write` puts the table with machine and date into benchmarks/results/side_by_side.md.
+"""
+
+import argparse
+import datetime
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+RESULTS = Path(__file__).parent / "results" / "side_by_side.md"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison. ratio: ours / reference of the stated figure; target: what it should reach."""
+
+    name: str
+    ours: str
+    reference: str
+    ratio: float
+    target: str
+    met: bool | None
+
+
+def alternate(ours: Callable[[], float], reference: Callable[[], float], rounds: int) -> tuple[float, float, float]:
+    """Medians of both sides and of the ratio, over alternating rounds; the first round warms up and is not counted."""
+    pairs = [(ours(), reference()) for _ in range(rounds + 1)][1:]
+    return tuple(statistics.median(values) for values in (  # type: ignore[return-value]
+        [a for a, _ in pairs], [b for _, b in pairs], [a / b for a, b in pairs]
+    ))  # fmt: skip
+
+
+def training() -> list[Row]:
+    """Samples/s of `fit` against a bare PyTorch loop: same network, data, optimizer, batch; one thread."""
+    import torch
+
+    from rankd_pipeline.ran_functions.beam_management.networks import BeamMLP
+    from rankd_pipeline.training.fit import FitConfig, fit
+
+    rows, batch, epochs = 24_000, 256, 6
+    generator = np.random.default_rng(0)
+    rsrp = generator.normal(-95, 12, (rows, 1, 16)).astype(np.float32)
+    mask = (generator.random((rows, 1, 16)) < 0.8).astype(np.uint8)
+    label = generator.integers(0, 64, rows)
+
+    def network() -> torch.nn.Module:
+        torch.manual_seed(0)
+        model = BeamMLP(set_b=16, set_a=64, history=1, hidden=(32, 32))
+        model.normalizer.learn(rsrp, mask)
+        return model
+
+    def ours() -> float:
+        with tempfile.TemporaryDirectory() as work:
+            result = fit(
+                network(), {"rsrp": rsrp, "mask": mask, "label": label},
+                lambda model, b: torch.nn.functional.cross_entropy(model(b["rsrp"], b["mask"]), b["label"]), lambda model: 0.0,
+                FitConfig(epochs=epochs, batch_size=batch, lr=1e-3), 0, Path(work),
+            )  # fmt: skip
+        return result.samples_per_s
+
+    def bare() -> float:
+        torch.set_num_threads(1)
+        model, tensors = network(), [torch.from_numpy(value) for value in (rsrp, mask, label)]
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+        started = time.perf_counter()
+        for _ in range(epochs):
+            order = torch.randperm(rows)
+            for start in range(0, rows, batch):
+                x, m, y = (tensor[order[start : start + batch]] for tensor in tensors)
+                loss = torch.nn.functional.cross_entropy(model(x, m), y)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        return rows * epochs / (time.perf_counter() - started)
+
+    a, b, ratio = alternate(ours, bare, 5)
+    return [Row("training, samples/s", f"{a:,.0f} (fit)", f"{b:,.0f} (bare loop)", ratio, ">= 0.9", ratio >= 0.9)]
+
+
+def corpus() -> list[Row]:
+    """Samples/s of the corpus against plain Sionna at its best batch: same band, scenario, users, one thread each."""
+    import torch
+    from sionna.phy.channel import gen_single_sector_topology
+    from sionna.phy.channel.tr38901 import PanelArray, UMi
+
+    from rankd_pipeline.radio import codebooks
+    from rankd_pipeline.ran_functions.beam_management.config import BandConfig, BeamCorpusConfig, SiteConfig
+    from rankd_pipeline.ran_functions.beam_management.simulate import plan_shards, simulate_shard
+
+    torch.set_num_threads(1)
+    band = BandConfig(ghz=28.0, scs_khz=120.0, resource_blocks=66, eirp_dbm=62.0)
+    site = SiteConfig(name="a", scenario="UMi", isd_m=200.0, bs_height_m=10.0, indoor_share=0.3, speed_kmh=(0.0, 3.0))
+    config = BeamCorpusConfig(
+        sites=(site,), bands=(band,), seen_samples=1024, heldout_site_samples=0, heldout_band_samples=0, shard_samples=1024
+    )  # fmt: skip
+    shards = plan_shards(config, 0)
+    array = PanelArray(4, 16, "single", "V", "38.901", 28e9)
+    user = PanelArray(1, 1, "single", "V", "omni", 28e9)
+    beams = torch.from_numpy(np.concatenate([codebooks.dft_codebook(4, 16), codebooks.wide_beams(4, 16, 2, 8)]))
+
+    def ours() -> float:
+        started = time.perf_counter()
+        samples = sum(simulate_shard(config, shard).features.num_rows for shard in shards)
+        return samples / (time.perf_counter() - started)
+
+    def plain(batch: int) -> float:
+        """Sionna's own coefficients of every antenna, then the beams' power summed over paths: the textbook way."""
+        model = UMi(28e9, "low", user, array, "downlink")
+        count = max(1, 512 // batch)
+        started = time.perf_counter()
+        for _ in range(count):
+            model.set_topology(*gen_single_sector_topology(batch, 4, "umi"))
+            gains, _ = model(1, 1.0)
+            paths = gains[:, :, 0, 0].squeeze(-1)  # [batch, users, antennas, paths]
+            torch.einsum("na,buap->bunp", beams, paths).abs().square().sum(-1)
+        return batch * 4 * count / (time.perf_counter() - started)
+
+    best = max((8, 16, 32, 64), key=plain)
+    a, b, ratio = alternate(ours, lambda: plain(best), 3)
+    return [
+        Row("corpus, samples/s", f"{a:,.0f} (beamspace)", f"{b:,.0f} (plain Sionna, {best} drops of 4)", ratio, ">= 1", ratio >= 1)
+    ]
+
+
+def chain(scale: str = "laptop") -> list[Row]:
+    """Wall time of `rankd run` in a fresh home against its step functions called directly in another."""
+    import subprocess
+    import sys
+
+    def timed(command: list[str], home: str) -> float:
+        environment = {**os.environ, "RANKD_HOME": home}
+        subprocess.run([sys.executable, "-m", "rankd_pipeline.cli", "init"], env=environment, check=True, capture_output=True)
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", *command], env=environment, check=True, stdout=subprocess.DEVNULL)
+        return time.perf_counter() - started
+
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
+        ours = timed(["rankd_pipeline.cli", "run", "beam_management", "--scale", scale], one)
+        direct = timed(["rankd_pipeline_tests.steps.run_chain", scale], other)
+    ratio = ours / direct
+    return [
+        Row(
+            f"chain at {scale}, s",
+            f"{ours:.0f} (through Dagster)",
+            f"{direct:.0f} (steps called directly)",
+            ratio,
+            "<= 1.15",
+            ratio <= 1.15,
+        )
+    ]
+
+
+def latency() -> list[Row]:
+    """The student's generated C against PyTorch eager and against a C MLP written by hand, by p50 of one call."""
+    import torch
+
+    from benchmarks.handwritten import handwritten_c
+    from rankd_pipeline.ran_functions.beam_management.function import BeamManagement
+    from rankd_pipeline.runtime.c_export import generate_c
+    from rankd_pipeline.runtime.latency import Candidate, LatencyConfig, profile
+    from rankd_pipeline.runtime.onnx_export import export_onnx
+
+    function = BeamManagement()
+    config = function.corpus_config({})
+    torch.manual_seed(0)
+    student = function.student(config, {"hidden": [32, 32]})
+    generator = np.random.default_rng(0)
+    samples = {
+        "l1_rsrp_dbm": generator.normal(-95, 12, (512, 1, 16)).astype(np.float32),
+        "l1_rsrp_mask": (generator.random((512, 1, 16)) < 0.8).astype(np.uint8),
+    }
+    function.set_statistics(student, samples)
+    module = function.deployable(student, {"temperature": 1.1}).eval()
+    signature = function.signatures(config, 100.0)[0]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        export_onnx(module, signature, work / "m.onnx", {})
+        generated = generate_c(work / "m.onnx", work / "g", "generated")
+        byhand = handwritten_c(module, work / "h")
+        race = profile(
+            [Candidate(runtime=name, engine="c", path=work / "m.onnx", csource=source) for name, source in
+             (("generated", generated), ("by hand", byhand))],
+            signature, LatencyConfig(paced_runs=10_000, winner_runs=10_000, max_seconds=60), samples, work / "race",
+        )  # fmt: skip
+    figures = {item.runtime: item for item in race.candidates}
+    for kind in ("back_to_back", "paced"):
+        tails = {name: getattr(item, kind) for name, item in figures.items()}
+        a, b = tails["generated"].p50_us, tails["by hand"].p50_us
+        rows.append(
+            Row(
+                f"student call, {kind.replace('_', ' ')} p50, us", f"{a:.2f} (generated C)", f"{b:.2f} (C by hand)", a / b, "", None
+            )
+        )
+    eager = _eager_p50_us(module, samples)
+    ours = figures["generated"].back_to_back.p50_us if figures["generated"].back_to_back else float("nan")
+    rows.append(
+        Row(
+            "student call, back to back p50, us",
+            f"{ours:.2f} (generated C)",
+            f"{eager:.1f} (PyTorch eager)",
+            ours / eager,
+            "< 1",
+            ours < eager,
+        )
+    )
+    return rows
+
+
+def _eager_p50_us(module, samples: dict[str, np.ndarray], calls: int = 3000) -> float:
+    import torch
+
+    torch.set_num_threads(1)
+    inputs = [{name: torch.from_numpy(value[i : i + 1]) for name, value in samples.items()} for i in range(512)]
+    times = []
+    with torch.inference_mode():
+        for i in range(calls):
+            started = time.perf_counter_ns()
+            module(**inputs[i % 512])
+            times.append(time.perf_counter_ns() - started)
+    return statistics.median(times[calls // 5 :]) / 1000
+
+
+COMPARISONS: dict[str, Callable[[], list[Row]]] = {"training": training, "corpus": corpus, "latency": latency, "chain": chain}
+
+
+def machine() -> str:
+    from rankd_pipeline.steps.runner import host_id
+
+    return f"{host_id()}, load {os.getloadavg()[0]:.1f}, {datetime.date.today().isoformat()}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(COMPARISONS)}; all by default")
+    parser.add_argument("--write", action="store_true")
+    arguments = parser.parse_args()
+    rows = [row for name in arguments.names or COMPARISONS for row in COMPARISONS[name]()]
+    lines = ["| comparison | rankd | reference | ratio | target | |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        verdict = "" if row.met is None else "met" if row.met else "MISS"
+        lines.append(f"| {row.name} | {row.ours} | {row.reference} | {row.ratio:.2f} | {row.target} | {verdict} |")
+    text = "\n".join(lines)
+    print(f"{machine()}\n\n{text}")
+    if arguments.write:
+        RESULTS.write_text(
+            f"# rankd beside the plain way\n\n`python -m benchmarks.side_by_side --write`, on {machine()}\n\n{text}\n"
+        )
+
+
+if __name__ == "__main__":
+    main()
