@@ -279,7 +279,7 @@ class _Watcher:
             return
         step, kind = _step_name(event.step_key or ""), event.event_type_value
         is_check = (event.step_key or "").endswith("_gates")
-        if kind == "STEP_START" and not is_check:
+        if kind in ("STEP_START", "STEP_RESTARTED") and not is_check:
             self._started[step] = entry.timestamp
             self._tell(step, "started")
         elif kind == "ASSET_MATERIALIZATION" and event.asset_key and event.asset_key.path[-1] == step:
