@@ -45,8 +45,7 @@ class TeacherView:
         if unknown:
             raise RankdError(f"the teacher {type(teacher).__name__} has no layer {unknown[0]!r} to distil from")
         hooks = [
-            modules[name].register_forward_hook(lambda _m, _i, out, name=name: found.__setitem__(name, out))
-            for name in layers
+            modules[name].register_forward_hook(lambda _m, _i, out, name=name: found.__setitem__(name, out)) for name in layers
         ]
         try:
             with torch.no_grad():
