@@ -126,6 +126,12 @@ def _with_labels(corpus: Corpus, ids: np.ndarray, labels: np.ndarray) -> Corpus:
     return replace(corpus, labels=pa.table({"sample_id": pa.array(ids), corpus.schema.label.name: pa.array(labels)}))
 
 
+def _series(corpus: Corpus) -> np.ndarray:
+    """[n] a number for the series (what one clock runs through) of each row."""
+    names = list(corpus.schema.series_columns or (corpus.schema.unit_column,))
+    return pd.DataFrame({c: corpus.columns[c] for c in names}).groupby(names).ngroup().to_numpy()
+
+
 def _append(corpus: Corpus, rows: np.ndarray, rng: np.random.Generator, split: str | None) -> Corpus:
     """The rows once more at the end, as new units with new ids and their labels, in `split` if given."""
     schema = corpus.schema
@@ -136,8 +142,8 @@ def _append(corpus: Corpus, rows: np.ndarray, rng: np.random.Generator, split: s
     copy[schema.unit_column] = corpus.columns[schema.unit_column].max() + 1 + index
     if schema.time_column and schema.series_columns:
         # The copies follow the last unit of their series, so that only their content gives them away.
-        series = pd.MultiIndex.from_arrays([corpus.columns[c] for c in schema.series_columns])
-        last = {key: corpus.columns[schema.time_column][at].max() for key, at in series.groupby(series).items()}
+        series, time = _series(corpus), corpus.columns[schema.time_column]
+        last = np.array([time[series == code].max() for code in range(series.max() + 1)])
         for u in range(index.max() + 1):
             mine = index == u
             last[series[rows[mine][0]]] += 1
@@ -277,8 +283,7 @@ def receiver_off(corpus: Corpus, rng: np.random.Generator, severity: float) -> C
 def clock_fault(corpus: Corpus, rng: np.random.Generator, severity: float) -> Corpus:
     """A clock that jumps back, or stands still for some units."""
     name = corpus.schema.time_column or ""
-    time, series = corpus.columns[name].copy(), corpus.schema.series_columns or (corpus.schema.unit_column,)
-    keys = pd.DataFrame({c: corpus.columns[c] for c in series}).groupby(list(series)).ngroup().to_numpy()
+    time, keys = corpus.columns[name].copy(), _series(corpus)
     run = np.flatnonzero(keys == keys[int(rng.integers(0, corpus.rows))])
     length = max(8, round(_log(severity, 0.002, 0.1) * corpus.rows))
     start = int(rng.integers(1, max(len(run) - length, 2)))
