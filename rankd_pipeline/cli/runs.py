@@ -1,5 +1,6 @@
 """`rankd init`, `run`, `plan`, `functions` and `ui`: set up a home, run a chain, say what a run would do."""
 
+import shutil
 import time
 from typing import TYPE_CHECKING
 
@@ -72,10 +73,23 @@ def _say_outcome(outcome: "RunOutcome", config: "PipelineConfig", current: Setti
         return 0
     what = {"stopped": "stopped by a gate", "interrupted": "interrupted"}.get(outcome.status, "failed")
     at = f" at {outcome.failed_step}" if outcome.failed_step else ""
-    click.echo(f"\nrankd: {what}{at}: {outcome.message}", err=True)
-    if outcome.status == "failed":
-        click.echo(f"The run's log: {current.home / 'logs' / (config.pipeline + '.log')}", err=True)
+    log = current.home / "logs" / f"{config.pipeline}.log"
+    message = _full_disk(current) if outcome.status == "failed" else None
+    click.echo(f"\nrankd: {what}{at}: {message or outcome.message}", err=True)
+    if outcome.status == "failed" and str(log) not in outcome.message:
+        click.echo(f"The run's log: {log}", err=True)
     return outcome.exit_code or 1
+
+
+def _full_disk(current: Settings) -> str | None:
+    """A full disk fails in many ways, Dagster's database first; the cause is told, not its many faces."""
+    free = shutil.disk_usage(current.home).free
+    if free > 1_000_000:
+        return None
+    return (
+        f"the disk that holds {current.home} is full ({free / 1e3:.0f} kB left). What is finished is stored: free space "
+        "(`rankd gc` lists what may go) and run the same command again."
+    )
 
 
 @click.command()
