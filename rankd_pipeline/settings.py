@@ -58,10 +58,16 @@ def settings() -> Settings:
     return Settings(
         home=home,
         store_uri=os.environ.get("RANKD_STORE", str(home / "store")),
-        mlflow_uri=os.environ.get("RANKD_MLFLOW_URI", f"sqlite:///{home / 'mlflow' / 'mlflow.db'}"),
-        postgres_url=os.environ.get("RANKD_DAGSTER_POSTGRES_URL") or None,
+        mlflow_uri=with_driver(os.environ.get("RANKD_MLFLOW_URI", f"sqlite:///{home / 'mlflow' / 'mlflow.db'}")),
+        postgres_url=with_driver(os.environ.get("RANKD_DAGSTER_POSTGRES_URL", "")) or None,
         workers=_workers(),
     )
+
+
+def with_driver(url: str) -> str:
+    """A libpq URL with the driver named that dagster-postgres works with; any other URL as it is."""
+    scheme, separator, rest = url.partition("://")
+    return f"postgresql+psycopg2://{rest}" if separator and scheme in ("postgres", "postgresql") else url
 
 
 def _workers() -> int:

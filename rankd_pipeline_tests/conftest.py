@@ -9,6 +9,7 @@ import pytest
 from rankd_pipeline.orchestration.setup import initialise
 from rankd_pipeline.settings import TELEMETRY_OFF, Settings, settings
 
+WITHOUT_POSTGRES = pytest.StashKey[int]()
 SERVERS = ("RANKD_STORE", "RANKD_MLFLOW_URI", "RANKD_DAGSTER_POSTGRES_URL", "RANKD_WORKERS", "RANKD_MLFLOW_PORT")
 
 
@@ -45,3 +46,24 @@ def _moved(template: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Set
     current = settings()
     monkeypatch.setenv("DAGSTER_HOME", str(current.dagster_home))
     return current
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "needs_postgres: runs against Debian's PostgreSQL, and is left out where it is missing")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out, and say so, what this host has not got."""
+    if shutil.which("initdb") or list(Path("/usr/lib/postgresql").glob("*/bin/initdb")):
+        return
+    missing = [item for item in items if item.get_closest_marker("needs_postgres")]
+    if missing:
+        config.hook.pytest_deselected(items=missing)
+        items[:] = [item for item in items if item not in missing]
+        config.stash[WITHOUT_POSTGRES] = len(missing)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    left_out = config.stash.get(WITHOUT_POSTGRES, 0)
+    if left_out:
+        terminalreporter.write_line(f"{left_out} test(s) left out: no PostgreSQL here; `apt-get install postgresql` and run again.")

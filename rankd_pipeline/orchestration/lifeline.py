@@ -3,15 +3,30 @@
 import ctypes
 import os
 import signal
+from collections.abc import Callable
 
 PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True)  # looked up before any fork
 
 
-def die_with_parent(parent_pid: int) -> None:
-    """Ask the kernel (Linux) to kill this process when its parent dies; end now if it already has."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+def die_with_parent(parent_pid: int, how: signal.Signals = signal.SIGKILL) -> None:
+    """Ask the kernel (Linux) to send this process `how` when its parent dies; end now if it already has."""
+    _libc.prctl(PR_SET_PDEATHSIG, how)
     if os.getppid() != parent_pid:
         os._exit(1)
+
+
+def die_with(parent_pid: int, how: signal.Signals = signal.SIGKILL) -> Callable[[], None]:
+    """For subprocess's preexec_fn: the child ends with the process that starts it, and hears Ctrl-C again.
+
+    A shell's background job has SIGINT ignored, and its children would inherit that.
+    """
+
+    def in_child() -> None:
+        die_with_parent(parent_pid, how)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    return in_child
 
 
 def hold_forked_children() -> None:

@@ -16,6 +16,7 @@ import yaml
 from filelock import FileLock
 
 from rankd_pipeline.errors import RankdError
+from rankd_pipeline.orchestration.lifeline import die_with
 from rankd_pipeline.settings import TELEMETRY_OFF, Settings
 
 TEMPLATE = Path(__file__).with_name("dagster.yaml")
@@ -110,13 +111,16 @@ def _prepare_dagster(current: Settings) -> None:
 def _instance_yaml(current: Settings) -> str:
     text = TEMPLATE.read_text()
     if current.postgres_url:
-        text += yaml.safe_dump({"storage": {"postgres": {"postgres_url": {"env": "RANKD_DAGSTER_POSTGRES_URL"}}}})
+        url = {"postgres_url": {"env": "RANKD_DAGSTER_POSTGRES_URL"}}
+        custom = {"module": "rankd_pipeline.orchestration.postgres", "class": "PostgresStorage", "config": url}
+        text += yaml.safe_dump({"storage": {"custom": custom}})
     return text
 
 
 def _migrate_instance(folder: Path) -> None:
     """Create or upgrade the tables and set one slot per pipeline: a pool that Dagster first meets in a run is not enforced."""
     os.environ.update(TELEMETRY_OFF)
+    text = (folder / "dagster.yaml").read_text()
     before = os.environ.get("DAGSTER_HOME")
     os.environ["DAGSTER_HOME"] = str(folder)
     try:
@@ -130,7 +134,8 @@ def _migrate_instance(folder: Path) -> None:
         raise RankdError(f"Dagster's storage: {error}; pip install 'rankd-pipeline[postgres]' and run again.") from None
     except Exception as error:
         detail = " ".join(str(error).split())[:300]
-        raise RankdError(f"{folder}: Dagster's storage cannot be set up ({type(error).__name__}: {detail}).") from error
+        where = "the database of RANKD_DAGSTER_POSTGRES_URL" if "PostgresStorage" in text else str(folder)
+        raise RankdError(f"Dagster's storage cannot be set up in {where} ({type(error).__name__}: {detail}).") from error
     finally:
         if before is None:
             del os.environ["DAGSTER_HOME"]
@@ -149,8 +154,9 @@ def _start_mlflow_migration(current: Settings) -> "tuple[subprocess.Popen[bytes]
     if scheme == "sqlite":
         database = Path(path)
         database.parent.mkdir(parents=True, exist_ok=True)
-        working = database.with_name(".mlflow-new.db")
-        working.unlink(missing_ok=True)
+        for left in database.parent.glob(".mlflow-new-*"):
+            left.unlink(missing_ok=True)
+        working = database.with_name(f".mlflow-new-{os.getpid()}.db")
         if database.exists():
             shutil.copyfile(database, working)
         else:
@@ -158,7 +164,9 @@ def _start_mlflow_migration(current: Settings) -> "tuple[subprocess.Popen[bytes]
         uri = f"sqlite:///{working}"
     environment = {**os.environ, **TELEMETRY_OFF}
     command = [sys.executable, "-m", "mlflow", "db", "upgrade", uri]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=die_with(os.getpid())
+    )
     return process, working
 
 

@@ -1,7 +1,6 @@
 """Dagster's UI with its daemon and MLflow's UI on this machine; Ctrl-C, or the end of either, ends both."""
 
 import contextlib
-import ctypes
 import os
 import signal
 import socket
@@ -13,7 +12,7 @@ from types import FrameType
 
 from rankd_pipeline.errors import RankdError
 from rankd_pipeline.orchestration.execute import child_environment
-from rankd_pipeline.orchestration.lifeline import PR_SET_PDEATHSIG
+from rankd_pipeline.orchestration.lifeline import die_with
 from rankd_pipeline.orchestration.setup import initialise
 from rankd_pipeline.settings import TELEMETRY_OFF, Settings
 
@@ -64,18 +63,12 @@ def _mlflow(current: Settings, port: int) -> list[str]:
 
 def _start(command: list[str], current: Settings, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     """A server in a process group of its own (a Ctrl-C is passed on once, in order), killed if this process is."""
-    libc = ctypes.CDLL(None, use_errno=True)
-
-    def in_child() -> None:
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job inherits it ignored
-
     return subprocess.Popen(
         command,
         cwd=current.home,
         env=environment,
         start_new_session=True,
-        preexec_fn=in_child,
+        preexec_fn=die_with(os.getpid(), signal.SIGTERM),
     )
 
 
