@@ -131,7 +131,10 @@ class BeamManagement(RanFunction):
     def student(self, cfg: BeamCorpusConfig, network: Mapping[str, Any]) -> "torch.nn.Module":
         from rankd_pipeline.ran_functions.beam_management.networks import BeamMLP
 
-        return BeamMLP(set_b=cfg.n_set_b, set_a=cfg.n_set_a, history=cfg.history, **network)
+        keywords = dict(network)
+        sizes = (cfg.set_b.rows, cfg.set_b.cols, cfg.array.rows, cfg.array.cols)
+        mirror = sizes if keywords.pop("mirror", False) else None
+        return BeamMLP(set_b=cfg.n_set_b, set_a=cfg.n_set_a, history=cfg.history, mirror=mirror, **keywords)
 
     def set_statistics(self, module: "torch.nn.Module", inputs: Arrays) -> None:
         module.get_submodule("normalizer").learn(inputs[RSRP], inputs[MASK])  # type: ignore[operator]
