@@ -2,9 +2,12 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from rankd_pipeline.orchestration.setup import initialise
 from rankd_pipeline.settings import TELEMETRY_OFF, Settings, settings
@@ -38,6 +41,38 @@ def template_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def home(template_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     """The settings of a fresh, initialised home, which the environment points to."""
     return _moved(template_home, tmp_path / "home", monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def smoke_chain(template_home: Path) -> Settings:
+    """A home in which `rankd run beam_management --scale smoke` has run once, with outbound connections refused.
+
+    Made once for all workers; tests only read it or run the same again. Where the kernel allows it, the run has a network
+    namespace of its own without any interface; everywhere, each of its processes notes what it tries (`connections.log`).
+    """
+    home = template_home.with_name("smoke-home")
+    with FileLock(template_home.with_name("smoke-home.lock")):
+        if not home.exists():
+            working = template_home.with_name("smoke-home-new")
+            shutil.copytree(template_home, working)
+            _run_smoke_chain(working)
+            working.rename(home)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RANKD_HOME", str(home))
+        return settings()
+
+
+def _run_smoke_chain(home: Path) -> None:
+    guard = Path(__file__).with_name("no_network")
+    environment = {
+        **os.environ, "RANKD_HOME": str(home), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(guard),
+        "RANKD_TEST_CONNECTIONS": str(home / "connections.log"),
+    }  # fmt: skip
+    alone = ["unshare", "-rn"] if subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode == 0 else []
+    command = [*alone, sys.executable, "-m", "rankd_pipeline.cli", "run", "beam_management", "--scale", "smoke"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (home / "smoke-run.txt").write_text(done.stdout)
 
 
 def _moved(template: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
