@@ -34,8 +34,8 @@ class AuditConfig(BaseModel):
     """Thresholds of the audit; shares are of rows or values, in [0, 1].
 
     bad_value_share: tolerated share of NaN, sentinel, out-of-range or mask-contradicting values (above: fail).
-    missing_warn / missing_fail: share of values missing beyond what the schema declares, in the corpus.
-    group_missing: the same inside one site and band (warn). label_noise_*: lower bound of the estimated share of wrong labels.
+    missing_warn / missing_fail: share of values missing, of those that the schema expects to be there.
+    label_noise_*: lower bound of the estimated share of wrong labels.
     labelled_warn: least share of training rows with a label. imbalance_warn: largest over smallest scenario.
     sampled_rows: rows (whole units) kept for the statistical checks. spill_rows: rows kept in memory before spilling to disk.
     """
@@ -43,9 +43,8 @@ class AuditConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     bad_value_share: float = Field(default=0.0, ge=0, le=1)
-    missing_warn: float = Field(default=0.02, ge=0, le=1)
-    missing_fail: float = Field(default=0.2, ge=0, le=1)
-    group_missing: float = Field(default=0.1, ge=0, le=1)
+    missing_warn: float = Field(default=0.6, ge=0, le=1)
+    missing_fail: float = Field(default=0.9, ge=0, le=1)
     rows_missing_fail: float = Field(default=0.2, ge=0, le=1)
     labelled_warn: float = Field(default=0.05, ge=0, le=1)
     label_noise_warn: float = Field(default=0.015, ge=0, le=1)
@@ -160,7 +159,6 @@ class ValueCounts:
         self.places: dict[str, Counter[str]] = defaultdict(Counter)
         self.first_id: dict[str, int] = {}
         self.example: dict[str, float] = {}
-        self.group_values: Counter[str] = Counter()
         self.component_missing = np.zeros(spec.width, np.int64)
         self.rows = 0
         self.low: float = np.inf
@@ -191,9 +189,6 @@ class ValueCounts:
             self.low = min(self.low, float(values[good].min()))
             self.high = max(self.high, float(values[good].max()))
             self.total += float(values[good].sum())
-        rows_in = np.bincount(place, minlength=len(names))
-        for code in np.flatnonzero(rows_in):
-            self.group_values[names[code]] += int(rows_in[code]) * values.shape[1]
         for kind, bad in kinds.items():
             if not bad.any():
                 continue
@@ -234,42 +229,31 @@ class ValueCounts:
                 )
 
     def _missing(self, cfg: AuditConfig) -> Iterator[Finding]:
+        """What is missing is mostly too weak to be measured; only an extreme share speaks of the log. Gaps show as runs."""
         if self.spec.mask is None or not self.values:
             return
-        expected = self.spec.expected_missing
-        share = self.bad["missing"] / self.values
-        if share - expected > cfg.missing_warn:
-            severity = "fail" if share - expected > cfg.missing_fail else "warn"
+        expected = 1 - self.spec.expected_missing
+        share = 1 - min((1 - self.bad["missing"] / self.values) / expected, 1.0)
+        if share > cfg.missing_warn:
             yield Finding(
                 fault="missing_values",
-                severity=severity,
+                severity="fail" if share > cfg.missing_fail else "warn",
                 where=f"column {self.spec.name}, whole corpus",
                 value=share,
-                threshold=expected + cfg.missing_warn,
+                threshold=cfg.missing_warn,
                 next_step="look for gaps in the log; leave out sites or periods that are mostly missing",
             )
-        for place, total in self.group_values.items():
-            there = self.places["missing"][place] / total
-            if there - max(expected, share) > cfg.group_missing and total >= 50 * self.spec.width:
-                yield Finding(
-                    fault="missing_values",
-                    severity="warn",
-                    where=f"column {self.spec.name}, {place}",
-                    value=there,
-                    threshold=max(expected, share) + cfg.group_missing,
-                    next_step="this place misses far more than the rest; see whether its log has gaps",
-                )
         by_component = self.component_missing / max(self.rows, 1)
-        worst = int(by_component.argmax())
-        if self.spec.width > 2 and by_component[worst] - max(expected, float(np.median(by_component))) > 0.25:
-            at = np.unravel_index(worst, self.spec.shape)
+        dead = np.flatnonzero(by_component > 0.98)
+        if len(dead) and float(np.median(by_component)) < 0.9:
+            at = tuple(int(i) for i in np.unravel_index(int(dead[0]), self.spec.shape))
             yield Finding(
                 fault="missing_component",
                 severity="warn",
-                where=f"column {self.spec.name}, component {tuple(int(i) for i in at)}",
-                value=float(by_component[worst]),
-                threshold=max(expected, float(np.median(by_component))) + 0.25,
-                next_step="one component is missing far more than the others; check its antenna, beam or log column",
+                where=f"column {self.spec.name}, component {at}" + (f" and {len(dead) - 1} more" if len(dead) > 1 else ""),
+                value=float(by_component[dead[0]]),
+                threshold=0.98,
+                next_step="the component is hardly ever there; check its antenna, beam or log column",
             )
 
 

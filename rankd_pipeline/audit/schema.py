@@ -1,7 +1,7 @@
 """What a corpus must look like: the columns, units and ranges that a RAN function promises and the audit checks."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -32,7 +32,8 @@ class ColumnSpec(_Frozen):
 
     `mask` names the column that says which values exist (1 = measured); a missing value is mask 0 and value 0.
     `valid_range` is inclusive, in `unit`. `categories` are the only values a key may take, each of them expected.
-    `expected_missing` is the share of values that is absent by design (only 4 of 16 beams reported: 0.75).
+    `expected_missing` is the share of values that is absent by design (only 4 of 16 beams reported: 0.75); what is too weak to
+    be measured comes on top.
     """
 
     name: str
@@ -80,10 +81,10 @@ class CorpusSchema(_Frozen):
     """All columns of a corpus' feature table and how they hang together.
 
     `unit_column` names what is split whole (a drop, a trajectory; whole numbers). `time_column` (seconds) never falls
-    inside a unit, nor from unit to unit of a series, if `series_columns` say what makes one. `constant_within` maps a
-    column to the columns that may have only one value for each of its values. `balance_columns` are the scenarios that
-    must be balanced. `held_out` maps a split to the column whose values in it appear in no training, validation or test
-    row.
+    inside a unit, nor from unit to unit of a series, which `series_columns` name (default: source, site and band).
+    `constant_within` maps a column to the columns that may have only one value for each of its values (default: a unit has
+    one source, site, band). `balance_columns` are the scenarios that must be balanced. `held_out` maps a split to the column
+    whose values in it appear in no training, validation or test row (default: heldout_site and heldout_band).
     """
 
     columns: tuple[ColumnSpec, ...]
@@ -100,6 +101,18 @@ class CorpusSchema(_Frozen):
     constant_within: dict[str, tuple[str, ...]] = {}
     balance_columns: tuple[str, ...] = ()
     held_out: dict[str, str] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, data: dict[str, Any]) -> dict[str, Any]:
+        places = tuple(data[k] for k in ("source_column", "site_column", "band_column") if data.get(k))
+        held_out = {"heldout_site": data.get("site_column"), "heldout_band": data.get("band_column")}
+        return {
+            "series_columns": places,
+            "constant_within": {data.get("unit_column", "drop_id"): places} if places else {},
+            "held_out": {split: column for split, column in held_out.items() if column},
+            **data,
+        }
 
     @model_validator(mode="after")
     def _names_exist(self) -> "CorpusSchema":
