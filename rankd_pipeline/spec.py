@@ -45,7 +45,11 @@ class SslStep(_Strict):
 
 
 class LabelsStep(_Strict):
-    """precedence: which provenance wins where several label a sample. annotations: an expert CSV under the home, or None."""
+    """precedence: which provenance wins where several label a sample. annotations: an expert CSV under the home, or None.
+
+    softness: how far the oracle's label spreads over answers that are nearly as good, in the unit of the function's
+    quality (beam management: dB of RSRP); 0 keeps the bare class.
+    """
 
     precedence: tuple[Literal["expert", "simulation_oracle", "classical_sweep"], ...] = (
         "expert",
@@ -53,6 +57,7 @@ class LabelsStep(_Strict):
         "classical_sweep",
     )
     annotations: str | None = None
+    softness: float = Field(default=0.0, ge=0)
 
 
 class TeacherStep(_Strict):

@@ -1,7 +1,8 @@
 """What follows from the kind of output a network has: its losses, its calibration, its way of being distilled.
 
 Shapes: B or n samples, K outputs. A training batch holds the model inputs and the columns `label` [B], `has_label` [B],
-and, for a student, `teacher` [B, K] (the teacher's calibrated outputs before the link function).
+`target` [B, K] where labels are soft, and, for a student, `teacher` [B, K]
+(the teacher's calibrated outputs before the link function).
 """
 
 from collections.abc import Mapping
@@ -63,11 +64,16 @@ class ClassificationHead:
     calibration_metric = "ece"
 
     def supervised_loss(self, outputs: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-        return label_loss(outputs, batch["label"], batch["has_label"])
+        if "target" not in batch:
+            return label_loss(outputs, batch["label"], batch["has_label"])
+        labelled = (batch["has_label"] != 0).to(outputs.dtype)
+        each = -(batch["target"].to(outputs.dtype) * torch.log_softmax(outputs, dim=-1)).sum(dim=-1)
+        return (each * labelled).sum() / labelled.sum().clamp(min=1.0)
 
     def student_loss(self, arm: str, outputs: Tensor, batch: Mapping[str, Tensor], temperature: float, alpha: float) -> Tensor:
         if arm == "distilled":
-            return response_loss(outputs, batch["teacher"].float(), batch["label"], batch["has_label"], temperature, alpha)
+            soft = response_loss(outputs, batch["teacher"].float(), batch["label"], batch["has_label"], temperature, alpha=1.0)
+            return alpha * soft + (1 - alpha) * self.supervised_loss(outputs, batch)
         if arm == "hard":
             return hard_teacher_loss(outputs, batch["teacher"].float())
         return self.supervised_loss(outputs, batch)

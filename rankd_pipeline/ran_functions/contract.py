@@ -112,8 +112,11 @@ class RanFunction(ABC):
         """(sample_id, label): what the field delivers for labelled samples, e.g. a measured full sweep."""
 
     @abstractmethod
-    def oracle_labels(self, truth: "pa.Table") -> "pa.Table":
-        """(sample_id, label, target tensor): the simulator's own answer. target holds what richer losses need."""
+    def oracle_labels(self, truth: "pa.Table", softness: float = 0.0) -> "pa.Table":
+        """(sample_id, label[, target]): the simulator's own answer.
+
+        With softness > 0 the column `target` [C] is a distribution over classes that are nearly as good as the label.
+        """
 
     # -- models ---------------------------------------------------------------------------------------------------
     @abstractmethod

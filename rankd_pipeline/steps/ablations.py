@@ -21,7 +21,7 @@ from rankd_pipeline.steps.runner import run_step
 from rankd_pipeline.steps.ssl_weights import WEIGHTS
 from rankd_pipeline.steps.teacher import fit_teacher
 from rankd_pipeline.store.artifact import Artifact, Recipe, Store
-from rankd_pipeline.store.tensors import iter_tables, rows_of
+from rankd_pipeline.store.tensors import column_array, iter_tables, rows_of
 from rankd_pipeline.training.fit import FitConfig
 from rankd_pipeline.training.parallel import map_processes
 from rankd_pipeline.training.seeds import derive_seed
@@ -29,6 +29,7 @@ from rankd_pipeline.training.weights import load_weights
 
 Note = Callable[[str], None]
 SHARES, SEEDS = (0.05, 0.30, 1.00), 5
+LABELS = ("label", "has_label", "target")
 
 
 def ssl(spec: PipelineSpec, store: Store, current: Settings, note: Note) -> dict[str, Any]:
@@ -97,7 +98,7 @@ def _compare(spec: PipelineSpec, made: dict[str, Artifact], scratch: Path, worke
 def _lay_out(spec: PipelineSpec, corpus: Artifact, folder: Path) -> None:
     """Inputs and oracle labels of training and validation, with a rank of drops that shares are cut from."""
     function = load_function(spec.function)
-    tables = [function.oracle_labels(table) for table in iter_tables(corpus.file(TRUTH))]
+    tables = [function.oracle_labels(table, spec.steps.oracle_labels.softness) for table in iter_tables(corpus.file(TRUTH))]
     oracle = pa.concat_tables(tables)
     for split in ("train", "val"):
         ids, inputs = inputs_of_rows(function, corpus, split_is(split))
@@ -105,12 +106,14 @@ def _lay_out(spec: PipelineSpec, corpus: Artifact, folder: Path) -> None:
         table = oracle.filter(known)
         keep = np.isin(ids, table["sample_id"].to_numpy())
         rows = rows_of(table["sample_id"].to_numpy(), ids[keep])
-        label = table["label"].to_numpy()[rows].astype(np.int64)
+        labels = {"label": table["label"].to_numpy()[rows].astype(np.int64), "has_label": np.ones(len(rows), np.uint8)}
+        if "target" in table.column_names:
+            labels["target"] = column_array(table["target"])[rows]
         drops = features_of(corpus, ["drop_id"], split_is(split))["drop_id"][keep]
         unique = np.unique(drops)
         order = np.random.default_rng(derive_seed(spec.seed, "ablate_ssl", "drops")).permutation(len(unique))
         rank = order[np.searchsorted(unique, drops)] / len(unique)
-        write_npy(folder / split, {**{name: values[keep] for name, values in inputs.items()}, "label": label, "rank": rank})
+        write_npy(folder / split, {**{name: values[keep] for name, values in inputs.items()}, **labels, "rank": rank})
 
 
 def teacher_job(job: dict[str, Any]) -> float:
@@ -122,7 +125,7 @@ def teacher_job(job: dict[str, Any]) -> float:
     head = function.head()
     train, val = read_npy(Path(job["data"]) / "train"), read_npy(Path(job["data"]) / "val")
     chosen = np.flatnonzero(train["rank"] < job["share"])
-    names = [name for name in train if name not in ("label", "rank")]
+    names = [name for name in train if name not in (*LABELS, "rank")]
     torch.manual_seed(derive_seed(job["seed"], "init"))
     model = function.teacher(function.corpus_config(job["corpus"]), job["network"])
     if job["ssl"]:
@@ -131,7 +134,8 @@ def teacher_job(job: dict[str, Any]) -> float:
         function.set_statistics(model, {name: np.asarray(train[name]) for name in names})
     inputs = {name: np.asarray(val[name]) for name in names}
     fit_teacher(
-        function, model, {name: np.asarray(train[name][chosen]) for name in names}, np.asarray(train["label"][chosen]), inputs,
+        function, model, {name: np.asarray(train[name][chosen]) for name in names},
+        {name: np.asarray(train[name][chosen]) for name in LABELS if name in train}, inputs,
         np.asarray(val["label"]), FitConfig.model_validate(job["fit"]).model_copy(update={"threads": 1}), job["loss"], job["seed"],
         out,
     )  # fmt: skip

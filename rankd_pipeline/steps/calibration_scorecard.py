@@ -11,7 +11,15 @@ from rankd_pipeline.evaluation.gates import best_baseline, verdict_of
 from rankd_pipeline.evaluation.table import write_table
 from rankd_pipeline.ran_functions.contract import Baseline, Predictor
 from rankd_pipeline.report import figures
-from rankd_pipeline.steps.data import evaluation_data, features_of, labelled_inputs, labels_for, present_splits, split_is
+from rankd_pipeline.steps.data import (
+    evaluation_data,
+    features_of,
+    label_columns,
+    labelled_inputs,
+    labels_for,
+    present_splits,
+    split_is,
+)
 from rankd_pipeline.steps.runner import StepContext
 from rankd_pipeline.steps.scoring import evaluate_splits, headline, judge_gates, network_predictor, score_table
 from rankd_pipeline.steps.students import load_student, student_job, write_student_data
@@ -71,11 +79,11 @@ def fitted_baselines(ctx: StepContext, baselines: list[Baseline]) -> dict[str, P
 def _scratch_student(ctx: StepContext) -> Predictor:
     """The student-sized network trained on the labels alone: a teacher that does not beat it has nothing to teach."""
     corpus, labels, student = ctx.inputs["corpus"], ctx.inputs["oracle_labels"], ctx.spec.steps.student
-    _, train, train_label = labelled_inputs(ctx.function, corpus, labels, "train")
+    ids, train, _ = labelled_inputs(ctx.function, corpus, labels, "train")
     _, val, val_label = labelled_inputs(ctx.function, corpus, labels, "val")
     write_student_data(
         ctx.scratch / "data",
-        {**train, "label": train_label, "has_label": np.ones(len(train_label), np.uint8)},
+        {**train, **label_columns(labels, ids)},
         {**val, "label": val_label},
     )
     # As many optimizer steps as a student gets over the full corpus.

@@ -36,12 +36,23 @@ def inputs_of_rows(
 
 def labels_for(labels: Artifact, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(label [n], has_label [n] bool) of `ids`; rows without a label hold 0."""
-    table = read_columns(labels.file("labels"), ["sample_id", "label"])
+    columns = label_columns(labels, ids)
+    return columns["label"], columns["has_label"].astype(bool)
+
+
+def label_columns(labels: Artifact, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """What a training batch knows of the labels of `ids`: label, has_label, and target [n, C] where labels are soft."""
+    soft = ["target"] if labels.metrics["softness"] > 0 else []
+    table = read_columns(labels.file("labels"), ["sample_id", "label", *soft])
     order = np.argsort(table["sample_id"], kind="stable")
     sorted_ids, sorted_labels = table["sample_id"][order], table["label"][order]
     at = np.minimum(np.searchsorted(sorted_ids, ids), max(len(sorted_ids) - 1, 0))
     has = sorted_ids[at] == ids if len(sorted_ids) else np.zeros(len(ids), bool)
-    return np.where(has, sorted_labels[at] if len(sorted_ids) else 0, 0).astype(np.int64), has
+    label = np.where(has, sorted_labels[at] if len(sorted_ids) else 0, 0).astype(np.int64)
+    columns = {"label": label, "has_label": has.astype(np.uint8)}
+    if soft:
+        columns["target"] = np.where(has[:, None], table["target"][order][at], 0).astype(np.float16)
+    return columns
 
 
 def labelled_inputs(

@@ -8,7 +8,7 @@ from rankd_pipeline.errors import RankdError
 from rankd_pipeline.settings import inside
 from rankd_pipeline.steps.data import FEATURES, LABELS, TRUTH, features_of
 from rankd_pipeline.steps.runner import StepContext
-from rankd_pipeline.store.tensors import iter_tables, read_columns, write_parquet
+from rankd_pipeline.store.tensors import column_array, iter_tables, read_columns, rows_of, tensor_array, write_parquet
 
 
 def oracle_labels(ctx: StepContext) -> None:
@@ -24,10 +24,14 @@ def oracle_labels(ctx: StepContext) -> None:
             "oracle_labels: not one sample has a label; give the corpus a label column, a larger labelled_share, or an expert "
             "CSV (steps.oracle_labels.annotations)."
         )
-    write_parquet(pa.table(chosen), ctx.out / "labels" / "part-00000.parquet")
+    columns = {name: pa.array(values) for name, values in chosen.items() if name != "target"}
+    if "target" in chosen:
+        columns["target"] = tensor_array(chosen["target"])
+    write_parquet(pa.table(columns), ctx.out / "labels" / "part-00000.parquet")
     names, counts = np.unique(chosen["provenance"], return_counts=True)
     ctx.metrics.update(
         labels=len(chosen["sample_id"]),
+        softness=ctx.config.softness if "target" in chosen else 0.0,
         by_provenance=dict(zip(names.tolist(), counts.tolist(), strict=True)),
         sweep_label_noise=disagreement(sources["classical_sweep"], sources["simulation_oracle"]),
         rejected_annotations=len(ctx.observed.get("rejected_annotations", [])),
@@ -48,11 +52,23 @@ def merge(sources: dict[str, dict[str, np.ndarray]], precedence: tuple[str, ...]
         taken = np.concatenate([taken, ids[-1]])
     all_ids = np.concatenate(ids) if ids else taken
     order = np.argsort(all_ids, kind="stable")
-    return {
+    merged = {
         "sample_id": all_ids[order],
         "label": np.concatenate(labels)[order].astype(np.int32) if labels else np.zeros(0, np.int32),
         "provenance": np.concatenate(provenance)[order].astype(str) if provenance else np.zeros(0, str),
     }
+    soft = next((source for source in sources.values() if "target" in source), None)
+    return merged if soft is None else {**merged, "target": _targets(merged, soft)}
+
+
+def _targets(merged: dict[str, np.ndarray], soft: dict[str, np.ndarray]) -> np.ndarray:
+    """The label as a distribution [n, C]: the oracle's where it was taken from the oracle, else all on the class."""
+    target = np.zeros((len(merged["label"]), soft["target"].shape[1]), np.float16)
+    target[np.arange(len(target)), merged["label"]] = 1.0
+    rows = np.flatnonzero(merged["provenance"] == "simulation_oracle")
+    if len(rows):
+        target[rows] = soft["target"][rows_of(soft["sample_id"], merged["sample_id"][rows])]
+    return target
 
 
 def disagreement(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float | None:
@@ -68,13 +84,13 @@ def _sweep(corpus) -> dict[str, np.ndarray]:
 def _oracle(ctx: StepContext, labelled: np.ndarray) -> dict[str, np.ndarray]:
     """The simulator's answer, for the labelled samples only: the truth of the others is never read here."""
     parts = [
-        ctx.function.oracle_labels(table)
+        ctx.function.oracle_labels(table, ctx.config.softness)
         for table in iter_tables(ctx.inputs["corpus"].file(TRUTH), where=pc.field("sample_id").isin(pa.array(labelled)))
     ]
     if not parts:
         return {"sample_id": np.zeros(0, np.int64), "label": np.zeros(0, np.int32)}
     table = pa.concat_tables(parts)
-    return {name: table[name].to_numpy() for name in ("sample_id", "label")}
+    return {name: column_array(table[name]) for name in table.column_names}
 
 
 def _expert(ctx: StepContext, corpus) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ from rankd_pipeline.evaluation.paired import PairedGain, paired_gain
 from rankd_pipeline.evaluation.table import write_table
 from rankd_pipeline.report import figures
 from rankd_pipeline.spec import validated
-from rankd_pipeline.steps.data import inputs_of_rows, labelled_inputs, labels_for, present_splits, split_is
+from rankd_pipeline.steps.data import inputs_of_rows, label_columns, labelled_inputs, present_splits, split_is
 from rankd_pipeline.steps.runner import StepContext
 from rankd_pipeline.steps.scoring import evaluate_splits, headline, network_predictor, score_table
 from rankd_pipeline.steps.soft_labels import SOFT
@@ -52,11 +52,10 @@ def _lay_out(ctx: StepContext) -> None:
     corpus, labels = ctx.inputs["corpus"], ctx.inputs["oracle_labels"]
     soft = read_columns(ctx.inputs["soft_labels"].file(SOFT), ["sample_id", "teacher"])
     ids, inputs = inputs_of_rows(ctx.function, corpus, split_is("train"))
-    label, has = labels_for(labels, ids)
     val_ids, val, val_label = labelled_inputs(ctx.function, corpus, labels, "val")
     write_student_data(
         ctx.scratch / "data",
-        {**inputs, "label": label, "has_label": has.astype(np.uint8), "teacher": soft["teacher"][rows_of(soft["sample_id"], ids)]},
+        {**inputs, **label_columns(labels, ids), "teacher": soft["teacher"][rows_of(soft["sample_id"], ids)]},
         {**val, "label": val_label, "teacher": soft["teacher"][rows_of(soft["sample_id"], val_ids)]},
     )
 

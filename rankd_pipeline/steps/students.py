@@ -16,7 +16,7 @@ from rankd_pipeline.training.fit import FitConfig, fit
 from rankd_pipeline.training.seeds import derive_seed
 from rankd_pipeline.training.weights import load_weights, save_weights
 
-EXTRA = ("label", "has_label", "teacher")
+EXTRA = ("label", "has_label", "target", "teacher")
 
 
 def student_job(job: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from rankd_pipeline.distillation.heads import outputs_of, parameter_count
 from rankd_pipeline.ran_functions.contract import Arrays, RanFunction
 from rankd_pipeline.spec import validated
-from rankd_pipeline.steps.data import inputs_of_rows, labelled_inputs, split_is
+from rankd_pipeline.steps.data import inputs_of_rows, label_columns, labelled_inputs, split_is
 from rankd_pipeline.steps.runner import StepContext
 from rankd_pipeline.steps.ssl_weights import WEIGHTS
 from rankd_pipeline.training.fit import EpochRecord, FitConfig, FitResult, fit
@@ -23,7 +23,7 @@ def teacher(ctx: StepContext) -> None:
     """Write `weights.safetensors` (input scaling included) and `history.json`."""
     model, seed = new_teacher(ctx), derive_seed(ctx.spec.seed, "teacher")
     corpus, labels = ctx.inputs["corpus"], ctx.inputs["oracle_labels"]
-    _, train, train_label = labelled_inputs(ctx.function, corpus, labels, "train")
+    ids, train, train_label = labelled_inputs(ctx.function, corpus, labels, "train")
     _, val, val_label = labelled_inputs(ctx.function, corpus, labels, "val")
     config = validated(FitConfig, ctx.config.fit, f"pipeline {ctx.spec.pipeline}, steps.teacher.fit")
 
@@ -32,7 +32,7 @@ def teacher(ctx: StepContext) -> None:
         ctx.progress(record.epoch, record.epochs, text)
 
     result = fit_teacher(
-        ctx.function, model, train, train_label, val, val_label, config, ctx.config.loss, seed, ctx.scratch, on_epoch
+        ctx.function, model, train, label_columns(labels, ids), val, val_label, config, ctx.config.loss, seed, ctx.scratch, on_epoch
     )  # fmt: skip
     save_weights(model, ctx.out / WEIGHTS)
     ctx.write_json("history.json", [asdict(record) for record in result.history])
@@ -44,7 +44,7 @@ def teacher(ctx: StepContext) -> None:
 
 
 def fit_teacher(
-    function: RanFunction, model: torch.nn.Module, train: Arrays, train_label: np.ndarray, val: Arrays, val_label: np.ndarray,
+    function: RanFunction, model: torch.nn.Module, train: Arrays, train_labels: Arrays, val: Arrays, val_label: np.ndarray,
     config: FitConfig, loss_options: Mapping[str, Any], seed: int, work: Path,
     on_epoch: Callable[[EpochRecord], None] | None = None,
 ) -> FitResult:  # fmt: skip
@@ -55,7 +55,7 @@ def fit_teacher(
         batch = function.augment(batch, **loss_options)
         return head.supervised_loss(module(**{name: batch[name] for name in train}), batch)
 
-    columns = {**train, "label": train_label, "has_label": np.ones(len(train_label), np.uint8)}
+    columns = {**train, **train_labels}
     return fit(
         model, columns, loss, lambda module: head.validation_loss(outputs_of(module, val), val_label), config, seed, work, on_epoch
     )  # fmt: skip

@@ -105,12 +105,20 @@ class BeamManagement(RanFunction):
 
         return pa.table({"sample_id": truth["sample_id"], "label": truth["sweep_beam"].cast(pa.int32())})
 
-    def oracle_labels(self, truth: "pa.Table") -> "pa.Table":
+    def oracle_labels(self, truth: "pa.Table", softness: float = 0.0) -> "pa.Table":
+        """The genie's beam; with softness (dB), beams close to it in noise-free RSRP share the label: softmax(RSRP / softness)."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
+        from rankd_pipeline.store.tensors import column_array, tensor_array
+
         known = truth.filter(pc.field("best_beam") >= 0)
-        return pa.table({"sample_id": known["sample_id"], "label": known["best_beam"].cast(pa.int32())})
+        columns = {"sample_id": known["sample_id"], "label": known["best_beam"].cast(pa.int32())}
+        if softness > 0:
+            rsrp = column_array(known[TRUTH])
+            weight = np.exp((rsrp - rsrp.max(axis=1, keepdims=True)) / softness)
+            columns["target"] = tensor_array((weight / weight.sum(axis=1, keepdims=True)).astype(np.float16))
+        return pa.table(columns)
 
     # -- models ---------------------------------------------------------------------------------------------------
     @property
