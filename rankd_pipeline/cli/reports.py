@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,19 +43,32 @@ def report(function: str, champion: bool, scale: str | None, as_json: bool) -> N
 
 
 def last_recipes(pipeline: str, scale: str | None, store: "Store", current: Settings) -> dict[str, str]:
-    """Recipe by step of the last run that is not under way.
+    """Recipe by step of the last run that is not under way, with what its artifacts were made from.
 
     Raises: RankdError if there was none.
     """
-    from rankd_pipeline.progress import read_progress
+    from rankd_pipeline.steps.chain import STEPS
 
-    uses = [use for use in store.runs(pipeline) if scale in (None, use.scale)]
-    if len(uses) > 1 and read_progress(current.progress_dir, pipeline):
-        uses = uses[1:]  # the latest is being made right now
-    if not uses:
-        where = f" at scale {scale}" if scale else ""
-        raise RankdError(f"{pipeline}: no run{where} in {store.uri} yet; start one with `rankd run {pipeline}`.")
-    return uses[0].recipes
+    for use in store.runs(pipeline):
+        whole = set(use.recipes) >= set(STEPS)
+        if scale in (None, use.scale) and (whole or not _under_way(use.run_id, current)):
+            return with_inputs(pipeline, use.recipes, store)
+    where = f" at scale {scale}" if scale else ""
+    raise RankdError(f"{pipeline}: no run{where} in {store.uri} yet; start one with `rankd run {pipeline}`.")
+
+
+def _under_way(run_id: str, current: Settings) -> bool:
+    """Whether Dagster knows the run as not ended; one whose process was killed has ended."""
+    if not current.initialised:
+        return False
+    import dagster as dg
+
+    from rankd_pipeline.orchestration.liveness import reap_orphans
+
+    with dg.DagsterInstance.from_config(str(current.dagster_home)) as instance:
+        reap_orphans(instance)
+        run = instance.get_run_by_id(run_id)
+    return run is not None and not run.is_finished
 
 
 def champion_recipes(pipeline: str, store: "Store", current: Settings) -> dict[str, str]:
@@ -67,20 +81,22 @@ def champion_recipes(pipeline: str, store: "Store", current: Settings) -> dict[s
     entry = open_ledger(current, pipeline).champion() if current.home.is_dir() else None
     if entry is None:
         raise RankdError(f"{pipeline}: no champion yet; `rankd run {pipeline}` at laptop scale makes one if its gates pass.")
-    recipes: dict[str, str] = {}
-    waiting = [("deployment", entry.recipe)]
+    if store.get(pipeline, "deployment", entry.recipe) is None:
+        raise RankdError(f"{pipeline}: the champion v{entry.version}, deployment {entry.recipe}, is no longer in {store.uri}.")
+    return with_inputs(pipeline, {"deployment": entry.recipe}, store)
+
+
+def with_inputs(pipeline: str, recipes: Mapping[str, str], store: "Store") -> dict[str, str]:
+    """`recipes` and those of everything that these artifacts were made from."""
+    found: dict[str, str] = {}
+    waiting = list(recipes.items())
     while waiting:
-        step, recipe = waiting.pop()
-        if step in recipes:
-            continue
-        artifact = store.get(pipeline, step, recipe)
-        if artifact is None:
-            raise RankdError(
-                f"{pipeline}: the champion's {step} {recipe} is not in {store.uri}; its bundle still runs: {entry.bundle}."
-            )
-        recipes[step] = recipe
-        waiting.extend((item["step"], item["recipe"]) for item in artifact.manifest["inputs"].values())
-    return recipes
+        step, recipe = waiting.pop(0)
+        artifact = None if step in found else store.get(pipeline, step, recipe)
+        if artifact is not None:
+            found[step] = recipe
+            waiting.extend((item["step"], item["recipe"]) for item in artifact.manifest["inputs"].values())
+    return found
 
 
 def summary_of(config: "PipelineConfig", recipes: Mapping[str, str], current: Settings) -> "Summary":
@@ -98,7 +114,10 @@ def summary_of(config: "PipelineConfig", recipes: Mapping[str, str], current: Se
     recipe = next(iter(artifacts.values())).manifest["recipe"]
     spec = config.at(recipe["scale"], recipe["seed"], recipe["variant"])
     entries = [item for item in open_ledger(current, pipeline).entries() if item.recipe == recipes.get("deployment")]
-    return summarise(spec, artifacts, entries[-1] if entries else None)
+    if not entries or "deployment" not in artifacts:
+        return summarise(spec, artifacts)
+    # A home may have been moved since: where the bundle lies is what the store says.
+    return summarise(spec, artifacts, replace(entries[-1], bundle=str(artifacts["deployment"].path / "bundle")))
 
 
 def print_scorecard(config: "PipelineConfig", recipes: Mapping[str, str], current: Settings) -> None:

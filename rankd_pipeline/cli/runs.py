@@ -61,13 +61,13 @@ def run(function: str, scale: str, seed: int, variant: str, steps: tuple[str, ..
 
 def _say_outcome(outcome: "RunOutcome", config: "PipelineConfig", current: Settings, seconds: float) -> int:
     """The scorecard, where things lie, and how the run ended."""
-    from rankd_pipeline.cli.reports import print_scorecard
+    from rankd_pipeline.cli.reports import print_scorecard, with_inputs
     from rankd_pipeline.steps.runner import open_store
 
     store = open_store(current)
     use = next((use for use in store.runs(config.pipeline) if use.run_id == outcome.run_id), None)
     if use is not None and outcome.status in ("success", "stopped"):
-        print_scorecard(config, use.recipes, current)
+        print_scorecard(config, with_inputs(config.pipeline, use.recipes, store), current)
     if outcome.status == "success":
         click.echo(f"\nDone in {seconds:.0f} s. Look at it: `rankd ui` (Dagster on 127.0.0.1:3000, MLflow on 127.0.0.1:5000).")
         return 0

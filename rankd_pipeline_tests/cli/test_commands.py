@@ -163,7 +163,10 @@ def test_a_home_that_cannot_be_written_is_one_sentence(
 
 
 @pytest.mark.parametrize(("status", "code"), [("stopped", 3), ("failed", 1), ("interrupted", 130)])
-def test_how_a_run_ended_is_said_with_its_next_step(status: str, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_how_a_run_ended_is_said_with_its_next_step(
+    status: str, code: int, capsys: pytest.CaptureFixture[str], empty_home: Path
+) -> None:
+    empty_home.mkdir()
     outcome = RunOutcome("run-1", status, "teacher", "too few labels. Next: add labels", exit_code=code)  # type: ignore[arg-type]
     assert _say_outcome(outcome, load_pipeline("beam_management"), read_settings(), 3.0) == code
     err = capsys.readouterr().err
