@@ -61,7 +61,7 @@ class Board:
         elif event.state == "failed":
             row.state, row.text = "failed", ""
         elif event.state == "gate":
-            row.text = event.text
+            row.text = event.text.partition(". ")[0].rpartition(": ")[2]  # the figures stand in the scorecard at the end
         else:
             self.notes.append(f"{event.step}: {event.text}")
         return True
@@ -183,8 +183,8 @@ class _Plain(_Screen):
             self._line(f"{event.step}: started")
         elif event.state in ("done", "cached"):
             self._line(f"{event.step}: {_figures(row)}")
-        elif event.text:
-            self._line(f"{event.step}: {event.text}" if event.step not in event.text else event.text)
+        elif event.state == "gate":
+            self._line(f"{event.step}: {row.text}")
 
     def _line(self, text: str) -> None:
         self._last = time.monotonic()

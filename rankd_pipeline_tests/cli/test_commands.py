@@ -181,7 +181,7 @@ def test_plain_output_has_a_line_for_what_happens(tmp_path: Path, capsys: pytest
         watch(StepEvent("corpus", "cached"))
         watch(StepEvent("teacher", "started"))
         watch(StepEvent("teacher", "done", seconds=12.34))
-        watch(StepEvent("teacher", "gate", "verdict fail"))
+        watch(StepEvent("teacher", "gate", "toy/teacher: verdict fail. margin: 0.03 fraction, needs >= 0.05. Next: labels"))
         watch(StepEvent("student", "note", "Dependencies for step student failed"))
     assert capsys.readouterr().out.splitlines() == [
         "another run is under way: waiting for it", "corpus: started", "corpus: stored", "teacher: started", "teacher: 12.3 s",
