@@ -1,5 +1,7 @@
 """The beamspace channel: equal to Sionna's own antenna coefficients path by path, and to plain OFDM in its RSRP."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,9 @@ ROWS, COLS = 2, 3
 RATE_HZ = 50.0
 
 
-def topology(drops: int, users: int, speed_mps: float, indoor_share: float = 0.3, downtilt_deg: float = 7.0, seed: int = 2) -> Topology:
+def topology(
+    drops: int, users: int, speed_mps: float, indoor_share: float = 0.3, downtilt_deg: float = 7.0, seed: int = 2
+) -> Topology:
     rng = np.random.default_rng(seed)
     radius, azimuth = rng.uniform(25, 150, (drops, users)), np.radians(rng.uniform(-60, 60, (drops, users)))
     place = np.stack([radius * np.cos(azimuth), radius * np.sin(azimuth), np.full_like(radius, 1.5)], -1)
@@ -25,19 +29,25 @@ def topology(drops: int, users: int, speed_mps: float, indoor_share: float = 0.3
     return Topology(place.astype(np.float32), velocity.astype(np.float32), indoor, 10.0, downtilt_deg)
 
 
-class Spy:
-    """A BeamspaceChannel together with the large-scale parameters and rays that its last draw went through."""
+class Recorder:
+    """One of Sionna's samplers that also remembers what it drew last."""
 
-    def __init__(self, scenario: str, rows: int, cols: int, carrier_ghz: float = 3.5) -> None:
-        self.channel = BeamspaceChannel(scenario, carrier_ghz, rows, cols, 0.5, 0.7)
-        self.model = self.channel._model
-        draw_lsp, draw_rays = self.model._lsp_sampler, self.model._ray_sampler
-        self.model._lsp_sampler = lambda: self._keep("lsp", draw_lsp())
-        self.model._ray_sampler = lambda lsp: self._keep("rays", draw_rays(lsp))
+    def __init__(self, inner: Any) -> None:
+        self.inner, self.last = inner, None
 
-    def _keep(self, name: str, value):
-        setattr(self, name, value)
-        return value
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def __call__(self, *args: Any) -> Any:
+        self.last = self.inner(*args)
+        return self.last
+
+
+def recorded(model: torch.nn.Module, name: str) -> Recorder:
+    """Puts a Recorder in the place of a submodule."""
+    recorder = Recorder(model._modules.pop(name))
+    model.__dict__[name] = recorder
+    return recorder
 
 
 def by_delay(delay_s: np.ndarray, paths: np.ndarray) -> dict[float, np.ndarray]:
@@ -55,21 +65,23 @@ def test_equals_sionna_path_by_path(scenario):
     top = topology(2, 5, speed_mps=8.0)
     instants = np.arange(3) / RATE_HZ
     with _seeded(4):
-        spy = Spy(scenario, ROWS, COLS)
-        links = spy.channel.links(top, instants, torch.Generator().manual_seed(9))
-        scenario_ = spy.model._scenario
+        channel = BeamspaceChannel(scenario, 3.5, ROWS, COLS, 0.5, 0.7)
+        model = channel._model
+        lsp_sampler, ray_sampler = recorded(model, "_lsp_sampler"), recorded(model, "_ray_sampler")
+        links = channel.links(top, instants, torch.Generator().manual_seed(9))
+        scenario_, lsp, rays = model._scenario, lsp_sampler.last, ray_sampler.last
         panel = PanelArray(ROWS, COLS, "single", "V", "38.901", 3.5e9, element_vertical_spacing=0.5, element_horizontal_spacing=0.7)
         generator = ChannelCoefficientsGenerator(3.5e9, panel, PanelArray(1, 1, "single", "V", "omni", 3.5e9), True)
-        drawn = torch.rand(*spy.rays.aod.shape, 2, generator=torch.Generator().manual_seed(9)) * (2 * np.pi)
+        drawn = torch.rand(*rays.aod.shape, 2, generator=torch.Generator().manual_seed(9)) * (2 * np.pi)
         # A vertically polarised user sees the theta-theta and theta-phi terms only; the others may be anything.
-        spy.rays.phases = torch.cat([drawn, torch.zeros_like(drawn)], -1)
+        rays.phases = torch.cat([drawn, torch.zeros_like(drawn)], -1)
         angles = {name: deg_2_rad(getattr(scenario_, name)) for name in ("los_aoa", "los_aod", "los_zoa", "los_zod")}
         where = SionnaTopology(
             velocities=scenario_.ut_velocities, moving_end="rx", los=scenario_.los, distance_3d=scenario_.distance_3d,
             tx_orientations=scenario_.bs_orientations, rx_orientations=scenario_.ut_orientations, **angles,
         )  # fmt: skip
-        h, delay = generator(3, RATE_HZ, spy.lsp.k_factor, spy.rays, where, scenario_.get_param("cDS") * 1e-9)
-        h = spy.model._step_12(h, spy.lsp.sf, spy.lsp.pathloss)  # [D, 1, U, P, 1, A, T]
+        h, delay = generator(3, RATE_HZ, lsp.k_factor, rays, where, scenario_.get_param("cDS") * 1e-9)
+        h = model._step_12(h, lsp.sf, lsp.pathloss)  # [D, 1, U, P, 1, A, T]
     theirs = h[:, 0, :, :, 0].permute(0, 1, 4, 2, 3).flatten(0, 1).numpy()  # [D*U, T, P, A]
     delay = delay[:, 0].flatten(0, 1).numpy()
     assert links.los.any() and not links.los.all() and top.indoor.any()
@@ -79,7 +91,8 @@ def test_equals_sionna_path_by_path(scenario):
         assert ours.keys() == expected.keys()
         scale = max(np.abs(path).max() for path in expected.values())
         for at, path in expected.items():
-            assert np.abs(ours[at] - path).max() < 2e-4 * scale
+            # The direct path turns by some 10,000 rad on its way, which float32 holds to 1e-3.
+            assert np.abs(ours[at] - path).max() < 1e-3 * scale
 
 
 def test_beams_of_a_unitary_codebook_share_out_all_the_power():
@@ -98,7 +111,9 @@ def test_the_rays_of_an_array_carry_the_power_of_one_element():
     level = []
     for rows, cols in ((1, 1), (4, 8)):
         with _seeded(3):
-            links = BeamspaceChannel("UMi", 3.5, rows, cols, 0.5, 0.5).links(topology(40, 4, 0.0), np.zeros(1), torch.Generator().manual_seed(1))
+            links = BeamspaceChannel("UMi", 3.5, rows, cols, 0.5, 0.5).links(
+                topology(40, 4, 0.0), np.zeros(1), torch.Generator().manual_seed(1)
+            )
         level.append(links)
     assert np.array_equal(level[0].pathloss_db, level[1].pathloss_db)
     assert np.median(level[0].coupling_loss_db) == pytest.approx(np.median(level[1].coupling_loss_db), abs=1.0)
@@ -129,7 +144,9 @@ def test_the_channel_evolves_coherently_with_speed():
     for speed_kmh in (0.0, 0.5, 2.0, 30.0):
         with _seeded(6):
             top = topology(10, 4, speed_kmh / 3.6, indoor_share=0.0)
-            links = BeamspaceChannel("UMi", 3.5, 2, 4, 0.5, 0.5).links(top, np.array([-0.02, 0.0]), torch.Generator().manual_seed(2))
+            links = BeamspaceChannel("UMi", 3.5, 2, 4, 0.5, 0.5).links(
+                top, np.array([-0.02, 0.0]), torch.Generator().manual_seed(2)
+            )
         before, now = links.paths[:, 0].flatten(1), links.paths[:, 1].flatten(1)
         inner = (before.conj() * now).sum(1).abs()
         left.append((inner / (before.norm(dim=1) * now.norm(dim=1)))[torch.from_numpy(~links.los)].mean().item())

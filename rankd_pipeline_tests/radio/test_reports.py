@@ -145,5 +145,6 @@ def test_detection_threshold_is_on_the_snr_per_re():
 
 
 def test_same_seed_same_measurement():
-    first, second = (measure_rsrp(np.full((3, 5), -90.0), -100.0, 127, 12, 0.5, -3.0, np.random.default_rng(8))[0] for _ in range(2))
+    rsrp = np.full((3, 5), -90.0)
+    first, second = (measure_rsrp(rsrp, -100.0, 127, 12, 0.5, -3.0, np.random.default_rng(8))[0] for _ in range(2))
     assert np.array_equal(first, second)
