@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from filelock import FileLock, Timeout
 
 from rankd_pipeline.errors import RankdError
+from rankd_pipeline.orchestration.lifeline import die_with_parent
 from rankd_pipeline.orchestration.setup import initialise
 from rankd_pipeline.settings import TELEMETRY_OFF, Settings, prepare_environment
 
@@ -126,8 +127,10 @@ def _supervise(request: _Request, current: Settings, pipeline: str, tell: Callab
     module = "rankd_pipeline.orchestration.execute"
     command = [sys.executable, "-m", module, json.dumps(asdict(request)), str(writable), str(os.getpid())]
     with log.open("wb") as output:
+        # A session of its own: Ctrl-C reaches the run once, from here, and its steps in order, from the run.
         process = subprocess.Popen(
-            command, env=child_environment(current), stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=(writable,)
+            command, env=child_environment(current), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+            pass_fds=(writable,), start_new_session=True,
         )  # fmt: skip
     os.close(writable)
     outcome: RunOutcome | None = None
@@ -142,8 +145,8 @@ def _supervise(request: _Request, current: Settings, pipeline: str, tell: Callab
         except KeyboardInterrupt:
             process.send_signal(signal.SIGINT)
             try:
-                process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
+                process.wait(timeout=60)
+            except (subprocess.TimeoutExpired, KeyboardInterrupt):  # a second Ctrl-C means now
                 process.kill()
             return RunOutcome(None, "interrupted", None, INTERRUPTED, exit_code=130)
         except BaseException:
@@ -332,9 +335,8 @@ def _failure_sentence(step: str, data: Any) -> tuple[str, int]:
 
 def main() -> None:
     """What execute_chain starts, with the request, a file descriptor for events (JSON lines) and the caller's pid."""
-    from rankd_pipeline.orchestration.lifeline import die_with_parent
-
     die_with_parent(int(sys.argv[3]))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits it ignored
     prepare_environment()
     values = json.loads(sys.argv[1])
     request = _Request(**{**values, "steps": tuple(values["steps"])})

@@ -199,8 +199,7 @@ def test_kill_9_of_a_step_is_made_good_by_a_second_attempt(home: Settings, tiny:
 
 def test_ctrl_c_ends_the_run_and_says_so(home: Settings, tiny: Path) -> None:
     with running_corpus(tiny) as (caller, processes):
-        for pid in (processes[0].pid, caller.pid):  # a terminal sends it to the whole group
-            os.kill(pid, signal.SIGINT)
+        caller.send_signal(signal.SIGINT)
         assert caller.stdout is not None
         assert "OUTCOME interrupted 130" in caller.stdout.read()
         assert gone(processes)
