@@ -26,8 +26,10 @@ class ChainExecutor(dg.Executor):
         return self._inner.step_dependency_config
 
     def execute(self, plan_context: Any, execution_plan: Any) -> Iterator[Any]:
-        """Run the plan; the tag lets the reaper tell a run that works from one that lost its process."""
-        plan_context.instance.add_run_tags(plan_context.run_id, process_tag())
+        """Run the plan; tags tell its process (for the reaper) and what it computes (to find it in the UI)."""
+        chosen = plan_context.run_config.get("resources", {}).get("rankd", {}).get("config", {})
+        tags = {f"rankd/{name}": str(value) for name, value in chosen.items()}
+        plan_context.instance.add_run_tags(plan_context.run_id, {**tags, **process_tag()})
         yield from self._inner.execute(plan_context, execution_plan)
 
 

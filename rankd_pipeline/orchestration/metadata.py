@@ -27,7 +27,7 @@ def step_metadata(artifact: Artifact) -> dict[str, Any]:
     if observed.get("run_id"):
         metadata["made_by"] = dg.MetadataValue.dagster_run(observed["run_id"])
     if (artifact.path / "report.html").is_file():
-        metadata["report"] = dg.MetadataValue.url((artifact.path / "report.html").as_uri())
+        metadata["report"] = dg.MetadataValue.path(str(artifact.path / "report.html"))
     for name, entry in artifact.manifest["inputs"].items():
         metadata[f"from_{name}"] = dg.MetadataValue.asset(dg.AssetKey([artifact.pipeline, entry["step"]]))
     metadata.update(_metrics(artifact.metrics))

@@ -57,7 +57,11 @@ def test_a_stored_chain_takes_seconds_and_is_in_the_ui(home: Settings) -> None:
     with instance() as opened:
         record = opened.get_run_by_id(str(outcome.run_id))
         assert record is not None and record.status == dg.DagsterRunStatus.SUCCESS
-        assert PROCESS_TAG in record.tags and record.run_config["resources"]["rankd"]["config"]["scale"] == "laptop"
+        assert (
+            PROCESS_TAG in record.tags
+            and record.tags["rankd/scale"] == "laptop"
+            and record.run_config["resources"]["rankd"]["config"]["scale"] == "laptop"
+        )
         event = opened.get_latest_materialization_event(dg.AssetKey([PIPELINE, "deployment"]))
         assert event is not None and event.asset_materialization is not None
         metadata = event.asset_materialization.metadata
