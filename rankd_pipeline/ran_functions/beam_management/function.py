@@ -194,17 +194,13 @@ class BeamManagement(RanFunction):
 
     # -- reports from a file ----------------------------------------------------------------------------------------
     def example_rows(self, cfg: BeamCorpusConfig) -> str:
-        names = ",".join(f"ssb_{beam}_dbm" for beam in range(cfg.n_set_b))
-        return f"{names}\n" + ",".join(str(-90 - (3 * beam) % 17) for beam in range(cfg.n_set_b)) + "\n"
+        names = _report_columns(cfg.history, cfg.n_set_b)
+        return ",".join(names) + "\n" + ",".join(str(-90 - (3 * i) % 17) for i in range(len(names))) + "\n"
 
     def read_reports(self, path: Path, signature: ModelSignature) -> dict[str, np.ndarray]:
         """One report a row, one column a beam (`ssb_0_dbm` …, or `ssb_0_t0_dbm` … with history); empty = not reported."""
         instants, beams = signature.inputs[0].shape
-        names = [
-            f"ssb_{beam}_dbm" if instants == 1 else f"ssb_{beam}_t{instant}_dbm"
-            for instant in range(instants)
-            for beam in range(beams)
-        ]
+        names = _report_columns(instants, beams)
         with path.open(newline="") as handle:
             reader = csv.DictReader(handle)
             absent = [name for name in names if name not in (reader.fieldnames or [])]
@@ -216,6 +212,13 @@ class BeamManagement(RanFunction):
         values = np.asarray(rows, np.float32).reshape(-1, instants, beams)
         mask = np.isfinite(values)
         return {RSRP: np.where(mask, values, 0.0).astype(np.float32), MASK: mask.astype(np.uint8)}
+
+
+def _report_columns(instants: int, beams: int) -> list[str]:
+    """Columns of a CSV of reports, oldest instant first."""
+    if instants == 1:
+        return [f"ssb_{beam}_dbm" for beam in range(beams)]
+    return [f"ssb_{beam}_t{instant}_dbm" for instant in range(instants) for beam in range(beams)]
 
 
 def _report_value(text: str | None, path: Path, row: int, column: str) -> float:
