@@ -52,11 +52,9 @@ def smoke_chain(template_home: Path) -> Settings:
     """
     home = template_home.with_name("smoke-home")
     with FileLock(template_home.with_name("smoke-home.lock")):
-        if not home.exists():
-            working = template_home.with_name("smoke-home-new")
-            shutil.copytree(template_home, working)
-            _run_smoke_chain(working)
-            working.rename(home)
+        if not (home / "smoke-run.txt").exists():
+            shutil.copytree(template_home, home)
+            _run_smoke_chain(home)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RANKD_HOME", str(home))
         return settings()

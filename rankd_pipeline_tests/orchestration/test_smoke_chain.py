@@ -102,7 +102,7 @@ def test_mlflow_has_one_run_per_model_and_the_shipped_file(smoke_chain: Settings
         assert runs[step].info.status == "FINISHED"
         assert runs[step].data.tags[RECIPE_TAG] == artifacts[step].recipe
     epochs = json.loads((artifacts["teacher"].path / "history.json").read_text())
-    assert len(client.get_metric_history(runs["teacher"].info.run_id, "epoch.train")) == len(epochs)
+    assert len(client.get_metric_history(runs["teacher"].info.run_id, "epoch.lr")) == len(epochs)
     (version,) = client.search_model_versions(f"name = '{PIPELINE}'")
     assert version.tags["dagster.run_id"] == artifacts["deployment"].observed["run_id"]
     model = Path(str(version.source).removeprefix("file://")) / "model.onnx"
