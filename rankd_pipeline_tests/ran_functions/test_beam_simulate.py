@@ -267,7 +267,7 @@ def through_the_networks(cfg: BeamCorpusConfig, c: dict[str, np.ndarray]) -> Non
     (signature,) = FUNCTION.signatures(cfg, 100.0)
     for spec in signature.inputs:
         assert inputs[spec.name].shape[1:] == spec.shape and inputs[spec.name].dtype == spec.dtype
-    tensors = [torch.from_numpy(inputs[name]) for name in signature.input_names]
+    tensors = [torch.tensor(inputs[name]) for name in signature.input_names]
     for network in (
         FUNCTION.teacher(cfg, {"width": 8, "depth": 1, "heads": 2}),
         FUNCTION.student(cfg, {"hidden": [8], "mirror": True}),
