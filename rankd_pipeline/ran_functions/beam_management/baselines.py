@@ -54,8 +54,10 @@ def interpolation(features: Arrays, cfg: BeamCorpusConfig) -> np.ndarray:
     dictionary = _patterns(cfg) ** POWER
     dictionary /= np.linalg.norm(dictionary, axis=0, keepdims=True)
     match = power**POWER @ dictionary
-    # A path above or below the horizon matches alike; where reports cannot tell, the nearest to the best wide beam wins.
-    return (match + 1e-6 * best_of_set_b(features, cfg)).astype(np.float32)
+    # A path above or below the horizon matches alike (two wide rows cannot tell): users are below, and it must not be the
+    # rounding of the last bit that decides. Among what is left, the nearest to the best wide beam wins.
+    above = np.arange(cfg.n_set_a) // cfg.array.cols > cfg.array.rows // 2
+    return (match - 1e-5 * above + 1e-6 * best_of_set_b(features, cfg)).astype(np.float32)
 
 
 def hierarchical(features: Arrays, cfg: BeamCorpusConfig) -> np.ndarray:
