@@ -60,9 +60,7 @@ class Links:
 class BeamspaceChannel:
     """UMi or UMa downlink of one band from a rows x cols BS panel (vertical polarisation) to an omni user."""
 
-    def __init__(
-        self, scenario: str, carrier_ghz: float, rows: int, cols: int, v_spacing: float, h_spacing: float
-    ) -> None:
+    def __init__(self, scenario: str, carrier_ghz: float, rows: int, cols: int, v_spacing: float, h_spacing: float) -> None:
         self.wavelength_m = SPEED_OF_LIGHT / (carrier_ghz * 1e9)
         self.rows, self.cols, self.v_spacing, self.h_spacing = rows, cols, v_spacing, h_spacing
         # Sionna gets one element: the array is applied here, per cluster.
@@ -133,9 +131,7 @@ class BeamspaceChannel:
 
         strongest = links(rays.strongest_cluster_indices)
         cluster_ds = links(scenario.get_param("cDS") * 1e-9)
-        paths, delays = self._reduce(
-            ray, doppler, vertical, horizontal, links(rays.delays), strongest, cluster_ds, instants_s
-        )
+        paths, delays = self._reduce(ray, doppler, vertical, horizontal, links(rays.delays), strongest, cluster_ds, instants_s)
         return self._add_los(paths, delays, lsp, topology, velocity, instants_s)
 
     def _local(self, zenith: torch.Tensor, azimuth: torch.Tensor, downtilt_deg: float):
@@ -197,16 +193,12 @@ class BeamspaceChannel:
         def links(x: torch.Tensor) -> torch.Tensor:
             return x[:, 0].reshape(-1)
 
-        aod, zod, aoa, zoa = (
-            links(x) * rad for x in (scenario.los_aod, scenario.los_zod, scenario.los_aoa, scenario.los_zoa)
-        )
+        aod, zod, aoa, zoa = (links(x) * rad for x in (scenario.los_aod, scenario.los_zod, scenario.los_aoa, scenario.los_zoa))
         amplitude, slant = self._element(zod, aod, topology.downtilt_deg)
         vertical, horizontal = self._steering(zod, aod, topology.downtilt_deg)
         array = (horizontal.unsqueeze(-1) * vertical.unsqueeze(-2)).flatten(-2)  # column first
         rate = self._doppler(zoa, aoa, velocity[:, 0, 0])
-        turn = rate.unsqueeze(-1) * instants_s - (2 * math.pi / self.wavelength_m) * links(
-            scenario.distance_3d
-        ).unsqueeze(-1)
+        turn = rate.unsqueeze(-1) * instants_s - (2 * math.pi / self.wavelength_m) * links(scenario.distance_3d).unsqueeze(-1)
         is_los = links(scenario.los)
         k = torch.where(is_los, links(lsp.k_factor), torch.zeros(()))
         direct = torch.polar(torch.ones(()), turn) * (amplitude * torch.cos(slant) * (k / (k + 1)).sqrt()).unsqueeze(-1)

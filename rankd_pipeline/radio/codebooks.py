@@ -14,9 +14,7 @@ def _flatten(weights_NRC: np.ndarray) -> np.ndarray:
     return weights_NRC.transpose(0, 2, 1).reshape(weights_NRC.shape[0], -1).astype(np.complex64)
 
 
-def steered_beams(
-    rows: int, cols: int, sub_rows: int, sub_cols: int, v_points: np.ndarray, h_points: np.ndarray
-) -> np.ndarray:
+def steered_beams(rows: int, cols: int, sub_rows: int, sub_cols: int, v_points: np.ndarray, h_points: np.ndarray) -> np.ndarray:
     """Beams of the centred `sub_rows` x `sub_cols` sub-array, steered to every pair of spatial frequencies.
 
     :param v_points: vertical phase steps in cycles per element, downwards positive
@@ -54,9 +52,7 @@ def wide_beams(rows: int, cols: int, sub_rows: int, sub_cols: int) -> np.ndarray
         sub_cols divides cols, wide beam (k_v, k_h) points exactly where narrow beam (k_v*rows/sub_rows,
         k_h*cols/sub_cols) does.
     """
-    return steered_beams(
-        rows, cols, sub_rows, sub_cols, np.arange(sub_rows) / sub_rows, np.arange(sub_cols) / sub_cols
-    )
+    return steered_beams(rows, cols, sub_rows, sub_cols, np.arange(sub_rows) / sub_rows, np.arange(sub_cols) / sub_cols)
 
 
 def parent_beams(rows: int, cols: int, parents_v: int, parents_h: int) -> tuple[np.ndarray, np.ndarray]:

@@ -46,14 +46,12 @@ def measure_rsrp(
     return measured + implementation_error_db * rng.standard_normal(rsrp_dbm.shape), detected
 
 
-def quantize_report(
-    measured_dbm: np.ndarray, detected: np.ndarray, reported_beams: int
-) -> tuple[np.ndarray, np.ndarray]:
+def quantize_report(measured_dbm: np.ndarray, detected: np.ndarray, reported_beams: int) -> tuple[np.ndarray, np.ndarray]:
     """The L1-RSRP report of TS 38.214 clause 5.2.1.4.3 and the mapping tables of TS 38.133 clause 10.1.6.
 
     The strongest beam is reported in 1 dB steps from -140 to -44 dBm (7 bit), the others as a difference to it in 2 dB
-    steps (4 bit): step 0 is 0..-2 dB, the last of the 16 steps stands for "-30 dB or less". The gNB places a value at the upper edge
-    of its step. Only the strongest `reported_beams` are in the report; the rest, and beams not detected, are missing.
+    steps (4 bit): step 0 is 0..-2 dB, the last of the 16 steps stands for "-30 dB or less". The gNB places a value at the upper
+    edge of its step. Only the strongest `reported_beams` are in the report; the rest, and beams not detected, are missing.
 
     :param measured_dbm: [..., N]; :param detected: bool [..., N]
     :returns: (reported [dBm] float32 [..., N] with 0.0 where missing, mask uint8 [..., N], 1 = reported)

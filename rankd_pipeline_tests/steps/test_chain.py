@@ -38,7 +38,6 @@ def test_every_step_is_made_and_verifies(made):
     for artifact in artifacts.values():
         artifact.verify()
     card = summarise(spec, artifacts).scorecard
-    assert card["student"]["params"] * 20 <= card["teacher"]["params"]
     assert set(card["seconds"]) >= set(STEPS)
 
 

@@ -16,8 +16,13 @@ from rankd_pipeline.ran_functions.beam_management.config import BandConfig, Beam
 
 # One letter a drop, so that a shard says by itself which of its drops go where.
 SPLIT_OF_CODE = {
-    "L": "train", "u": "train", "v": "val", "t": "test", "s": "heldout_site", "b": "heldout_band",
-}  # fmt: skip
+    "L": "train",
+    "u": "train",
+    "v": "val",
+    "t": "test",
+    "s": "heldout_site",
+    "b": "heldout_band",
+}
 INDOOR_HEIGHT_FLOOR_M = 3.0
 
 
@@ -67,7 +72,7 @@ def plan_shards(cfg: BeamCorpusConfig, seed: int) -> list[Shard]:
         drops = math.ceil(samples / (cfg.ues_per_drop * len(cells)))
         for cell, (site, band) in enumerate(cells):
             rng = np.random.default_rng([seed, pool, cell])
-            codes = code * drops if code else _split_codes(cfg, drops, rng)
+            codes = code * drops if code else _split_codes(cfg, drops, cell, rng)
             for start in range(0, drops, drops_a_shard):
                 part = codes[start : start + drops_a_shard]
                 index = len(shards)
@@ -77,13 +82,19 @@ def plan_shards(cfg: BeamCorpusConfig, seed: int) -> list[Shard]:
     return shards
 
 
-def _split_codes(cfg: BeamCorpusConfig, drops: int, rng: np.random.Generator) -> str:
-    """Exact shares of val and test drops (rounded up, so that no split starves), the rest train."""
-    n_val, n_test = (math.ceil(share * drops - 1e-9) for share in cfg.split_shares[1:])
-    n_train = max(drops - n_val - n_test, 0)
-    n_labelled = math.ceil(cfg.labelled_share * n_train - 1e-9)
-    codes = "L" * n_labelled + "u" * (n_train - n_labelled) + "v" * n_val + "t" * n_test
-    return "".join(np.array(list(codes))[rng.permutation(len(codes))][:drops])
+def _split_codes(cfg: BeamCorpusConfig, drops: int, cell: int, rng: np.random.Generator) -> str:
+    """Splits of one cell's drops, in random order. Fractions are carried on from cell to cell, so that the shares of
+    the corpus are exact to a drop (rounded up: val, test and labels never starve)."""
+
+    def carried(share: float) -> int:
+        return math.ceil(share * drops * (cell + 1) - 1e-9) - math.ceil(share * drops * cell - 1e-9)
+
+    _, val, test = cfg.split_shares
+    n_val, n_test = carried(val), carried(test)
+    n_labelled = min(carried((1 - val - test) * cfg.labelled_share), max(drops - n_val - n_test, 0))
+    n_unlabelled = max(drops - n_val - n_test - n_labelled, 0)
+    codes = "L" * n_labelled + "v" * n_val + "t" * n_test + "u" * n_unlabelled
+    return "".join(np.array(list(codes[:drops]))[rng.permutation(drops)])
 
 
 def simulate_shard(cfg: BeamCorpusConfig, shard: Shard) -> ShardTables:
@@ -128,6 +139,7 @@ class _BeamLink:
         a = cfg.array
         self.channel = BeamspaceChannel(site.scenario, band.ghz, a.rows, a.cols, a.vertical_spacing, a.horizontal_spacing)
         self.parents, self.children = hierarchical_codebook(cfg)
+        self.child_prior = self._child_prior()
         parts = [codebooks.wide_beams(a.rows, a.cols, cfg.set_b.rows, cfg.set_b.cols)]
         parts += [codebooks.dft_codebook(a.rows, a.cols), self.parents]
         self.beams = torch.from_numpy(np.concatenate(parts))
@@ -138,7 +150,7 @@ class _BeamLink:
     def batch(self, drops: int) -> dict[str, np.ndarray]:
         """Simulate `drops` drops. :returns: columns, one row a user, users of a drop adjacent"""
         cfg = self.cfg
-        topology, speed_kmh = self._topology(drops)
+        topology, speed_kmh = self._topology(drops, self.rng)
         instants_s = -np.arange(cfg.history - 1, -1, -1) * cfg.ssb_period_ms * 1e-3
         links = self.channel.links(topology, instants_s, self.generator)
         rsrp = beam_rsrp_dbm(links.paths, links.delay_s, self.beams, self.tx_per_re_dbm, cfg.measurement.n_re, self.band.scs_khz)
@@ -153,15 +165,17 @@ class _BeamLink:
             "rsrp_set_a_dbm": set_a,
             "best_beam": set_a.argmax(-1).astype(np.int16),
             "sweep_beam": _strongest(sweep, sweep_found),
-            "hierarchical_beam": self._hierarchical(parents, set_a),
+            **self._sweeps(parents, set_a),
             "indoor": topology.indoor.reshape(-1),
-            "distance_m": np.linalg.norm(topology.ut_xyz_m - np.float32([0, 0, self.site.bs_height_m]), axis=-1).reshape(-1),
+            "distance_m": np.linalg.norm(topology.ut_xyz_m - np.array([0, 0, self.site.bs_height_m], np.float32), axis=-1).reshape(
+                -1
+            ),
             **_link_columns(links),
         }
 
-    def _topology(self, drops: int) -> tuple[Topology, np.ndarray]:
+    def _topology(self, drops: int, rng: np.random.Generator) -> tuple[Topology, np.ndarray]:
         """Users uniform over the sector's area; indoor users on a floor of a 4-8 storey house (TR 38.901 Table 7.2-1)."""
-        site, users, rng = self.site, self.cfg.ues_per_drop, self.rng
+        site, users = self.site, self.cfg.ues_per_drop
         shape = (drops, users)
         # A hexagonal three-sector cell reaches ISD*2/3 in its boresight; the circle of equal area is what matters here.
         reach = site.isd_m * math.sqrt(math.sqrt(3) / 2 / math.pi)
@@ -185,13 +199,46 @@ class _BeamLink:
             rsrp_dbm, self.noise_dbm, m.n_re, m.coherent_re, m.implementation_error_db, m.detection_snr_db, self.rng
         )
 
-    def _hierarchical(self, parents_dbm: np.ndarray, set_a_dbm: np.ndarray) -> np.ndarray:
-        """Two-stage sweep: best parent, then the best of its children; both stages measured with noise of their own."""
+    def _sweeps(self, parents_dbm: np.ndarray, set_a_dbm: np.ndarray) -> dict[str, np.ndarray]:
+        """Two-stage sweeps with measurement noise of their own: parents first, then narrow beams below them.
+
+        `hierarchical_beam` costs the cell as much as Set B does: the parents are broadcast to all users of the drop, and
+        what is left of n_set_b beams is a second stage that these users share. The gNB sweeps the narrow beams that most
+        users ask for; each user takes the strongest, or, if none below its own parent was swept, that parent's likeliest
+        child. `dedicated_beam` gives every user a second stage of its own, which costs n_set_b beams a *user*.
+        Both are flattered: the second stage comes without the delay of the report in between.
+        """
         measured, found = self._measure(parents_dbm)
-        candidates = self.children[_strongest(measured, found)]
-        measured, found = self._measure(np.take_along_axis(set_a_dbm, candidates, axis=1))
-        picked = _strongest(measured, found)
-        return np.take_along_axis(candidates, picked[:, None].astype(np.int64), axis=1)[:, 0].astype(np.int16)
+        parent = _strongest(measured, found)
+        narrow_dbm, narrow_found = self._measure(set_a_dbm)
+        level = np.where(narrow_found, narrow_dbm, narrow_dbm - 1e3)
+        child = self.children[parent]  # [users, children of a parent], every row in the order of the beam rows
+        dedicated = child[np.arange(len(child)), np.take_along_axis(level, child, axis=1).argmax(axis=1)]
+        prior = self.child_prior[parent]
+        shared = np.empty(len(child), np.int64)
+        beams_left = max(self.cfg.n_set_b - len(self.parents), 1)
+        for first in range(0, len(child), self.cfg.ues_per_drop):
+            drop = slice(first, first + self.cfg.ues_per_drop)
+            demand = np.zeros(self.cfg.n_set_a)
+            np.add.at(demand, child[drop], prior[drop])
+            swept = np.argsort(-demand, kind="stable")[:beams_left]
+            own = np.any(np.isin(child[drop], swept), axis=1)
+            fallback = np.take_along_axis(child[drop], prior[drop].argmax(axis=1)[:, None], axis=1)[:, 0]
+            shared[drop] = np.where(own, swept[level[drop][:, swept].argmax(axis=1)], fallback)
+        return {"hierarchical_beam": shared.astype(np.int16), "dedicated_beam": dedicated.astype(np.int16)}
+
+    def _child_prior(self) -> np.ndarray:
+        """How likely each child of a parent is the best [parents, children], as planning knows it: by the line of sight
+        to users spread over the sector, blocked or not."""
+        a, draws = self.cfg.array, 400
+        topology, _ = self._topology(draws, np.random.default_rng(0))
+        xyz = topology.ut_xyz_m.reshape(-1, 3) - np.array([0, 0, self.site.bs_height_m], np.float32)
+        azimuth, elevation = np.arctan2(xyz[:, 1], xyz[:, 0]), np.arctan2(xyz[:, 2], np.hypot(xyz[:, 0], xyz[:, 1]))
+        tilt = math.radians(self.site.downtilt_deg)
+        up = np.cos(elevation) * np.cos(azimuth) * math.sin(tilt) + np.sin(elevation) * math.cos(tilt)
+        row = np.round(-up * a.vertical_spacing * a.rows).astype(int) % a.rows
+        share = np.bincount(row, minlength=a.rows) / len(row)
+        return share[self.children // a.cols]
 
 
 def hierarchical_codebook(cfg: BeamCorpusConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -201,12 +248,11 @@ def hierarchical_codebook(cfg: BeamCorpusConfig) -> tuple[np.ndarray, np.ndarray
     with the most parents is taken, and of those the finest in azimuth, where users are spread.
     """
     a = cfg.array
-    fits = [
-        (v * h, h, v)
-        for v in range(1, a.rows + 1)
-        for h in range(1, a.cols + 1)
-        if a.rows % v == 0 and a.cols % h == 0 and v * h + cfg.n_set_a // (v * h) <= max(cfg.n_set_b, 2 * math.isqrt(cfg.n_set_a))
-    ]
+    divisions = [(v * h, h, v) for v in range(1, a.rows + 1) for h in range(1, a.cols + 1) if a.rows % v == 0 and a.cols % h == 0]
+    fits = [d for d in divisions if d[0] + cfg.n_set_a // d[0] <= cfg.n_set_b]
+    # A Set B too small for any two-stage sweep: the cheapest one, which then spends more than Set B does.
+    cheapest = min(d[0] + cfg.n_set_a // d[0] for d in divisions)
+    fits = fits or [d for d in divisions if d[0] + cfg.n_set_a // d[0] == cheapest]
     _, h, v = max(fits)
     return codebooks.parent_beams(a.rows, a.cols, v, h)
 
@@ -256,7 +302,7 @@ def _tables(cfg: BeamCorpusConfig, shard: Shard, site: SiteConfig, columns: dict
     truth = {"sample_id": sample_id, "rsrp_set_a_dbm": _tensor(columns["rsrp_set_a_dbm"])}
     for name in (
         "best_beam", "los", "indoor", "distance_m", "coupling_loss_db", "delay_spread_ns", "asd_deg", "asa_deg",
-        "k_factor_db", "hierarchical_beam", "sweep_beam",
+        "k_factor_db", "hierarchical_beam", "dedicated_beam", "sweep_beam",
     ):  # fmt: skip
         truth[name] = pa.array(columns[name])
     return ShardTables(features, pa.table(truth))
