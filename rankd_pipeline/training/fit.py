@@ -43,9 +43,7 @@ class FitConfig(BaseModel):
     patience: int = Field(default=0, ge=0, description="epochs without a better validation; 0: never stop early")
     validate_every: int = Field(default=1, ge=1, description="epochs between validations; the last one always")
     clip_norm: float = Field(default=0.0, ge=0, description="largest gradient norm; 0: no clipping")
-    ema_decay: float = Field(
-        default=0.0, ge=0, lt=1, description="validate and keep an exponential average of the weights; 0: off"
-    )
+    ema_decay: float = Field(default=0.0, ge=0, lt=1, description="validate and keep an exponential average of the weights; 0: off")
     threads: int = Field(default=1, ge=1, description="torch threads; two on two busy cores collapse (latency.md)")
     device: str = Field(default="cpu", pattern="^(cpu|cuda|auto)$")
     checkpoint_seconds: float = Field(default=5.0, ge=0, description="least time between checkpoints")
@@ -234,8 +232,7 @@ class _Fit:
             value = float(self.validate(self.model))
         if not math.isfinite(value):
             raise RankdError(
-                f"the validation of epoch {self.progress.epoch} is {value}, not a finite number; "
-                "look for bad values in the corpus"
+                f"the validation of epoch {self.progress.epoch} is {value}, not a finite number; look for bad values in the corpus"
             )
         if value < self.progress.best_value:
             self.best = _snapshot(self.model)
@@ -256,9 +253,7 @@ class _Fit:
         state = {
             "identity": self.identity,
             "progress": asdict(self.progress) | {"best_value": best if math.isfinite(best) else None},
-            "history": [
-                asdict(r) | {"best": r.best if math.isfinite(r.best) else None} for r in self.history
-            ],
+            "history": [asdict(r) | {"best": r.best if math.isfinite(r.best) else None} for r in self.history],
         }
         save_tensors(tensors, self.path, {"state": json.dumps(state)})
         self.saved_at = time.monotonic()

@@ -106,9 +106,7 @@ def _receive(connection: Connection, process: BaseProcess, index: int, count: in
         process.join()
         code = process.exitcode or 0
         how = f"was killed by signal {-code} (memory short?)" if code < 0 else f"exited with code {code}"
-        raise RankdError(
-            f"the worker process for job {index + 1} of {count} {how}; what is finished is kept, run again"
-        ) from error
+        raise RankdError(f"the worker process for job {index + 1} of {count} {how}; what is finished is kept, run again") from error
     if kind == "result":
         return value
     if kind == "refused":

@@ -53,9 +53,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
-        raise RankdError(
-            f"{path}: the weights could not be written ({error}); free some space and run again"
-        ) from error
+        raise RankdError(f"{path}: the weights could not be written ({error}); free some space and run again") from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -31,6 +31,8 @@ def all_baselines(cfg: BeamCorpusConfig) -> tuple[Baseline, ...]:
         Baseline("hierarchical", False, lambda *_: lambda features: hierarchical(features, cfg)),
         Baseline("hierarchical_sweep", False, lambda *_: lambda features: measured_sweep(features, cfg),
                  ("hierarchical_beam",)),
+        Baseline("dedicated_sweep", False, lambda *_: lambda features: measured_sweep(features, cfg, "dedicated_beam"),
+                 ("dedicated_beam",), gate=False),
         Baseline("knn", True, lambda train, val, seed: fit_knn(train, val, cfg)),
         Baseline("boosted_trees", True, lambda train, val, seed: fit_boosted_trees(train, val, seed, cfg)),
     )  # fmt: skip

@@ -59,7 +59,7 @@ class MeasurementConfig(_Strict):
     n_re: int = Field(default=127, ge=12, description="REs averaged: the SSS has 127")
     coherent_re: int = Field(default=12, ge=1, description="REs over which the UE averages coherently: one resource block")
     implementation_error_db: float = Field(
-        default=1.8, ge=0, description="1 sigma a beam: the relative accuracy of TS 38.133 clause 10.1, 3 dB, as a 90 % bound"
+        default=1.3, ge=0, description="1 sigma a beam: 3 dB relative accuracy (TS 38.133 clause 10.1) as a 90 % bound on two"
     )
     detection_snr_db: float = -3.0
 

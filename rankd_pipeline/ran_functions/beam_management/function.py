@@ -38,7 +38,7 @@ class BeamManagement(RanFunction):
         Metric("l1_rsrp_loss_db", "dB", higher_is_better=False, is_rate=False),
     )
     gap_baseline = "best_of_set_b"
-    code_versions = {"simulate": "1", "labels": "1", "networks": "1", "baselines": "1", "metrics": "1"}
+    code_versions = {"simulate": "2", "labels": "1", "networks": "2", "baselines": "2", "metrics": "1"}
 
     def corpus_config(self, raw: Mapping[str, Any]) -> BeamCorpusConfig:
         return validated(BeamCorpusConfig, dict(raw), "steps.corpus.simulation")
@@ -165,7 +165,7 @@ class BeamManagement(RanFunction):
 
     @property
     def evaluation_columns(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        return ("drop_id", "site", "band_ghz", "split"), (TRUTH, "los", "indoor", "hierarchical_beam")
+        return ("drop_id", "site", "band_ghz", "split"), (TRUTH, "los", "indoor", "hierarchical_beam", "dedicated_beam")
 
     def evaluate(
         self, models: Mapping[str, Predictor], features: Arrays, truth: Arrays, split: str, calibrated: frozenset[str]
