@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from rankd_pipeline.audit.schema import ColumnSpec, CorpusSchema, arrow_type
 from rankd_pipeline.store.tensors import column_array
 
+Comparison = Literal["runs", "components", "levels", "copies", "labels"]
 Batches = Callable[[], Iterable[pa.Table]]
 
 
@@ -37,6 +38,7 @@ class AuditConfig(BaseModel):
     missing_warn / missing_fail: share of values missing, of those that the schema expects to be there.
     label_noise_*: lower bound of the estimated share of wrong labels.
     labelled_warn: least share of training rows with a label. imbalance_warn: largest over smallest scenario.
+    comparisons: the statistical checks that run (see audit/patterns.py).
     sampled_rows: rows (whole units) kept for the statistical checks. spill_rows: rows kept in memory before spilling to disk.
     """
 
@@ -47,13 +49,14 @@ class AuditConfig(BaseModel):
     missing_fail: float = Field(default=0.9, ge=0, le=1)
     rows_missing_fail: float = Field(default=0.2, ge=0, le=1)
     labelled_warn: float = Field(default=0.05, ge=0, le=1)
-    label_noise_warn: float = Field(default=0.015, ge=0, le=1)
+    label_noise_warn: float = Field(default=0.02, ge=0, le=1)
     label_noise_fail: float = Field(default=0.1, ge=0, le=1)
     min_sites: int = Field(default=3, ge=1)
     min_bands: int = Field(default=2, ge=1)
     imbalance_warn: float = Field(default=4.0, ge=1)
+    comparisons: tuple[Comparison, ...] = ("runs", "components", "levels", "copies", "labels")
     sampled_rows: int = Field(default=40_000, ge=100)
-    label_rows: int = Field(default=8_000, ge=100)
+    label_rows: int = Field(default=5_000, ge=100)
     spill_rows: int = Field(default=1_000_000, ge=1)
     seed: int = 0
 
@@ -180,6 +183,10 @@ class ValueCounts:
             good &= ~kinds["out_of_range"]
         if mask is not None:
             kinds["mask_mismatch"] = (~measured & finite & (values != 0)) | (mask > 1)
+            if "out_of_range" in kinds:  # 0 is how a missing value is written, so it speaks of the mask, not of the unit
+                written_as_missing = kinds["out_of_range"] & (values == 0)
+                kinds["out_of_range"] &= ~written_as_missing
+                kinds["mask_mismatch"] |= written_as_missing
             kinds["missing"] = ~measured
             self.rows_empty += int((~measured).all(axis=1).sum())
             self.component_missing += (~measured).sum(axis=0)

@@ -169,7 +169,7 @@ def not_a_number(corpus: Corpus, rng: np.random.Generator, severity: float) -> C
     return _with(corpus, spec, values)
 
 
-@_fault("sentinel out_of_range", "0.01 % to 5 % of values")
+@_fault("sentinel out_of_range mask_mismatch", "0.01 % to 5 % of values")
 def sentinel(corpus: Corpus, rng: np.random.Generator, severity: float) -> Corpus:
     """The log's code for "nothing measured", taken for a measurement."""
     spec, values, _, chosen = _cells(corpus, rng, _log(severity, 1e-4, 0.05))
@@ -284,14 +284,16 @@ def clock_fault(corpus: Corpus, rng: np.random.Generator, severity: float) -> Co
     """A clock that jumps back, or stands still for some units."""
     name = corpus.schema.time_column or ""
     time, keys = corpus.columns[name].copy(), _series(corpus)
-    run = np.flatnonzero(keys == keys[int(rng.integers(0, corpus.rows))])
-    length = max(8, round(_log(severity, 0.002, 0.1) * corpus.rows))
-    start = int(rng.integers(1, max(len(run) - length, 2)))
-    rows = run[start : start + length]
+    # Begin where a series goes on to another time, or nothing would change.
+    order = np.argsort(keys, kind="stable")
+    begins = np.flatnonzero((np.diff(keys[order]) == 0) & (np.diff(time[order]) > 0)) + 1
+    start = int(rng.choice(begins))
+    rows = order[start : start + max(8, round(_log(severity, 0.002, 0.1) * corpus.rows))]
+    rows = rows[keys[rows] == keys[order[start]]]
     if rng.random() < 0.5:
         time[rows] -= rng.uniform(3, 3600)
     else:
-        time[rows] = time[run[start - 1]]
+        time[rows] = time[order[start - 1]]
     return replace(corpus, columns={**corpus.columns, name: time})
 
 
@@ -361,14 +363,16 @@ def key_mislabelled(corpus: Corpus, rng: np.random.Generator, severity: float) -
 @_fault("imbalance missing_category", "6 : 1 to wholly absent")
 def scenario_starved(corpus: Corpus, rng: np.random.Generator, severity: float) -> Corpus:
     """One scenario nearly or wholly absent from the corpus."""
-    values = corpus.columns[corpus.schema.balance_columns[0]]
+    column = corpus.schema.balance_columns[-1]
+    values = corpus.columns[column]
     names, counts = np.unique(values, return_counts=True)
     rare = int(rng.integers(0, len(names)))
-    # The audit warns at 4 : 1; low severity leaves 6 : 1, high severity nothing.
-    keep = counts.max() / 6 * (1 - severity) / counts[rare] if severity < 0.95 else 0.0
+    # The audit warns at 4 : 1; low severity leaves 6 : 1, high severity one unit, or none where the schema expects some.
+    keep = counts[np.arange(len(names)) != rare].max() / 6 * (1 - severity) / counts[rare]
     unit = corpus.columns[corpus.schema.unit_column]
     mine = np.unique(unit[values == names[rare]])
-    kept = rng.choice(mine, int(keep * len(mine)), replace=False)
+    left = 0 if severity > 0.95 and corpus.schema.column(column).categories else max(int(keep * len(mine)), 1)
+    kept = rng.choice(mine, left, replace=False)
     return corpus.take(np.flatnonzero((values != names[rare]) | np.isin(unit, kept)))
 
 

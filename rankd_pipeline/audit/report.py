@@ -290,8 +290,11 @@ def diversity_findings(stream: Stream, cfg: AuditConfig) -> list[Finding]:
                 )
             )
     for column in schema.balance_columns:
-        counts = stream.by_split[column].get("train") or stream.key_counts[column]
-        categories = schema.column(column).categories or tuple(counts)
+        inside = stream.by_split[column]
+        # A held-out site is in no training row by design; a scenario that only held-out rows have is starved.
+        seen = [inside[split] for split in inside if schema.held_out.get(split) != column]
+        counts = inside.get("train") or stream.key_counts[column]
+        categories = schema.column(column).categories or sorted(set().union(*seen))
         shares = {c: counts.get(c, 0) for c in categories}
         if len(shares) < 2 or not sum(shares.values()):
             continue

@@ -17,7 +17,6 @@ from rankd_pipeline.ingest.units import converter
 
 OK, BLANK, SENTINEL, OUT_OF_RANGE, TEXT = range(5)
 REASONS = {BLANK: "empty", SENTINEL: "a sentinel", OUT_OF_RANGE: "out of range", TEXT: "not a number"}
-NOT_A_NUMBER = {"nan", "inf", "-inf", "+inf", "infinity", "-infinity"}
 
 
 # -- one pass -----------------------------------------------------------------------------------------------------
@@ -168,20 +167,23 @@ def _parse(column: np.ndarray, sentinels: set[str]) -> tuple[np.ndarray, np.ndar
         if "nan" in sentinels:
             why[np.isnan(cell)] = SENTINEL
         return cell, why
-    # Parquet gives None for a null and its own types for the rest, CSV gives text.
-    text = np.array(["" if v is None else str(v).strip().lower() for v in column], dtype=str)
-    cell = np.array([_number(t) for t in text.tolist()])
-    why[np.isnan(cell) & ~np.isin(text, sorted(NOT_A_NUMBER))] = TEXT
-    why[np.isin(text, sorted(sentinels))] = SENTINEL
-    why[text == ""] = BLANK
-    return cell, why
+    # Parquet gives None for a null and its own types for the rest, CSV gives text. Few distinct texts fill a column.
+    known = {cell: _one(cell, sentinels) for cell in set(column.tolist())}
+    both = np.array([known[cell] for cell in column.tolist()]).reshape(-1, 2)
+    return both[:, 0].copy(), both[:, 1].astype(np.int8)
 
 
-def _number(text: str) -> float:
+def _one(cell: object, sentinels: set[str]) -> tuple[float, int]:
+    """(number or NaN, why) of one cell."""
+    text = "" if cell is None else str(cell).strip().lower()
+    if not text:
+        return np.nan, BLANK
+    if text in sentinels:
+        return np.nan, SENTINEL
     try:
-        return float(text)
+        return float(text), OK
     except ValueError:
-        return np.nan
+        return np.nan, TEXT
 
 
 def _in_our_unit(values: np.ndarray, why: np.ndarray, column: ColumnMap, spec: ColumnSpec, file: str) -> Cells:
