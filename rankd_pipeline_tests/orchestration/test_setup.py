@@ -211,10 +211,10 @@ def test_every_child_process_has_telemetry_off_and_the_same_settings(home: Setti
 
 
 def test_a_store_on_an_object_store_uri(home: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`dir://` is fsspec's remote interface over a folder: uploads, downloads, no place to write in directly."""
-    monkeypatch.setenv("RANKD_STORE", f"local://{tmp_path / 'bucket'}")
+    """fsspec's caching interface over a folder is used as a remote one: uploads, downloads, no place to write in directly."""
+    monkeypatch.setenv("RANKD_STORE", f"simplecache::file://{tmp_path / 'bucket'}")
     current = settings()
     plant(load_pipeline("beam_management").at("smoke"), current)
     outcome = execute_chain("beam_management", "smoke", 0, "default", current)
     assert outcome.status == "success", outcome.message
-    assert list((tmp_path / "bucket" / "beam_management").iterdir())
+    assert list((tmp_path / "bucket" / "beam_management").iterdir()) and not (home.home / "store").exists()
