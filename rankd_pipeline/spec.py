@@ -1,5 +1,6 @@
 """What a pipeline's YAML says: the configuration of each step at each scale, its gates and its schedule."""
 
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -187,11 +188,12 @@ class PipelineSpec(_Strict):
         """Gates stop the chain above smoke scale; at smoke they are computed and shown."""
         return self.scale != "smoke"
 
-    def config_of(self, step: str) -> dict[str, Any]:
-        """The configuration that enters a step's recipe: its own and its gates, as JSON."""
-        config = getattr(self.steps, step).model_dump(mode="json")
-        gates = getattr(self.gates, step, ())
-        return {**config, "gates": [gate.model_dump(mode="json") for gate in gates], "function": self.function}
+    def config_of(self, step: str, reads: Sequence[str] = ()) -> dict[str, Any]:
+        """The configuration that enters a step's recipe, as JSON: its own, its gates, and the keys of others that it reads."""
+        steps = self.steps.model_dump(mode="json")
+        gates = [gate.model_dump(mode="json") for gate in getattr(self.gates, step, ())]
+        others = {key: steps[key.split(".")[0]][key.split(".")[1]] for key in reads}
+        return {**steps[step], "gates": gates, "function": self.function, "reads": others}
 
 
 def deep_merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -50,7 +50,8 @@ def calibration_scorecard(ctx: StepContext) -> None:
     ctx.write_json("scores.json", score_table(ctx, table, list(models), splits))
     plain = [item.name for item in baselines if not item.learned and item.gate]
     gates = judge_gates(ctx, ctx.spec.gates.calibration_scorecard, table, plain, ctx.config.resamples)
-    ctx.metrics.update(_summary(ctx, table, plain, list(models), splits))
+    references = [item.name for item in baselines if not item.gate]
+    ctx.metrics.update(_summary(ctx, table, plain, references, list(models), splits))
     ctx.metrics.update(
         calibration_parameters=calibration,
         gates=[gate.model_dump(mode="json") for gate in gates],
@@ -102,14 +103,16 @@ def _scratch_student(ctx: StepContext) -> Predictor:
     ))  # fmt: skip
 
 
-def _summary(ctx: StepContext, table: pd.DataFrame, plain: list[str], models: list[str], splits: list[str]) -> dict[str, Any]:
-    """The `teacher` part of the report."""
+def _summary(
+    ctx: StepContext, table: pd.DataFrame, plain: list[str], references: list[str], models: list[str], splits: list[str]
+) -> dict[str, Any]:
+    """The `teacher` part of the report. references spend more measurements than the teacher: printed, not to be beaten."""
     metric = ctx.function.metric
     score = headline(ctx, table, "teacher")
     name, value = best_baseline(table, "test", plain, metric=metric.name, higher_is_better=metric.higher_is_better)
     sign = 1.0 if metric.higher_is_better else -1.0
     rivals = {model: headline(ctx, table, model).value for model in models if model not in ("teacher", "teacher_raw")}
-    unbeaten = sorted(model for model, other in rivals.items() if sign * (score.value - other) <= 0)
+    better = sorted(model for model, other in rivals.items() if sign * (score.value - other) <= 0)
     reference = ctx.function.gap_baseline
 
     def gap(split: str) -> float | None:
@@ -125,8 +128,9 @@ def _summary(ctx: StepContext, table: pd.DataFrame, plain: list[str], models: li
         "score_ci95": list(score.ci95 or ()),
         "baseline": {"name": name, "score": value},
         "rivals": rivals,
-        "unbeaten": unbeaten,
-        "nothing_to_teach": bool(unbeaten),
+        "unbeaten": [model for model in better if model not in references],
+        "nothing_to_teach": any(model not in references for model in better),
+        "better_references": [model for model in better if model in references],
         "calibration": {
             "metric": kind,
             "value": estimate(table, "teacher@test", metric=kind, aggregate=kind, resamples=0).value,

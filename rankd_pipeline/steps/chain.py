@@ -11,6 +11,7 @@ class StepInfo:
     """One row of the chain.
 
     inputs: step names whose artifacts it reads. facets: the function modules whose code version is part of the recipe.
+    reads: keys of other steps' configuration that shape this one, and so are part of its recipe.
     libraries: distributions whose version shapes the result. needs_pass: inputs whose gate verdict is read again here.
     """
 
@@ -22,34 +23,39 @@ class StepInfo:
     libraries: tuple[str, ...] = ()
     needs_pass: tuple[str, ...] = ()
     on_host: bool = False
+    reads: tuple[str, ...] = ("corpus.simulation",)
 
 
 CHAIN: tuple[StepInfo, ...] = (
     StepInfo("corpus", "Channels or own measurements, as features, delivered labels and truth", (), "1",
-             ("simulate",), ("sionna-no-rt", "torch", "numpy")),
-    StepInfo("audit_report", "The corpus health card; a blocking check", ("corpus",), "1", (), ("numpy", "scikit-learn")),
+             ("simulate",), ("sionna-no-rt", "torch", "numpy"), reads=()),
+    StepInfo("audit_report", "The corpus health card; a blocking check", ("corpus",), "1", (), ("numpy", "scikit-learn"),
+             reads=("corpus.simulation", "corpus.sources")),
     StepInfo("ssl_weights", "Self-supervised weights from the unlabelled corpus", ("corpus", "audit_report"), "1",
-             ("networks",), ("torch",), ("audit_report",)),
+             ("networks",), ("torch",), ("audit_report",), reads=("corpus.simulation", "teacher.network")),
     StepInfo("oracle_labels", "Labels with their provenance and an estimate of their noise", ("corpus", "audit_report"), "1",
              ("labels",), ("numpy",), ("audit_report",)),
     StepInfo("teacher", "The large network, trained offline", ("corpus", "ssl_weights", "oracle_labels"), "1",
              ("networks",), ("torch",)),
     StepInfo("calibration_scorecard", "Does the teacher deserve to teach? A gate",
-             ("corpus", "oracle_labels", "teacher"), "1", ("networks", "baselines", "metrics"), ("torch", "scikit-learn")),
+             ("corpus", "oracle_labels", "teacher"), "1", ("networks", "baselines", "metrics"), ("torch", "scikit-learn"),
+             reads=("corpus.simulation", "teacher.network", "student.network", "student.fit", "student.loss")),
     StepInfo("soft_labels", "The calibrated teacher over the full corpus", ("corpus", "teacher", "calibration_scorecard"), "1",
-             ("networks",), ("torch",), ("calibration_scorecard",)),
+             ("networks",), ("torch",), ("calibration_scorecard",), reads=("corpus.simulation", "teacher.network")),
     StepInfo("student", "The small network: distilled against two controls",
              ("corpus", "oracle_labels", "soft_labels", "calibration_scorecard"), "1", ("networks", "metrics"), ("torch",),
              ("calibration_scorecard",)),
     StepInfo("quantized_onnx", "FP32 and INT8 ONNX with lineage inside; a gate",
              ("corpus", "student", "calibration_scorecard"), "1", ("networks", "metrics"), ("torch", "onnx", "onnxruntime"),
-             ("calibration_scorecard",)),
+             ("calibration_scorecard",),
+             reads=("corpus.simulation", "student.network", "latency_profile.budget_us", "calibration_scorecard.resamples")),
     StepInfo("latency_profile", "The race across runtimes against the budget; a gate", ("corpus", "quantized_onnx"), "1",
              (), ("onnxruntime", "emx-onnx-cgen"), ("quantized_onnx",), on_host=True),
     StepInfo("deployment", "The bundle, its model card and its registered version",
              ("corpus", "audit_report", "oracle_labels", "teacher", "calibration_scorecard", "soft_labels", "student",
               "quantized_onnx", "latency_profile"), "1",
-             ("baselines", "metrics"), ("onnxruntime",), ("calibration_scorecard", "quantized_onnx", "latency_profile")),
+             ("baselines", "metrics"), ("onnxruntime",), ("calibration_scorecard", "quantized_onnx", "latency_profile"),
+             reads=("corpus.simulation", "latency_profile.budget_us", "calibration_scorecard.resamples")),
 )  # fmt: skip
 
 STEPS: dict[str, StepInfo] = {info.name: info for info in CHAIN}

@@ -95,7 +95,7 @@ def recipe_of(step: str, spec: PipelineSpec, inputs: Mapping[str, Artifact]) -> 
         pipeline=spec.pipeline,
         step=step,
         code_version="+".join([info.code_version, *facets]),
-        config=spec.config_of(step),
+        config=spec.config_of(step, info.reads),
         scale=spec.scale,
         seed=spec.seed,
         variant=spec.variant,

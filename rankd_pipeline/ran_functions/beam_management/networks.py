@@ -232,8 +232,12 @@ class _Block(nn.Module):
 class BeamMLP(nn.Module):
     """The student: a few thousand weights on the scaled reports; plain layers that every runtime takes.
 
-    `mirror` holds (set_b_rows, set_b_cols, set_a_rows, set_a_cols) to train on mirror images too, see `Mirror`; what is
-    deployed runs once.
+    Args:
+        mirror: (set_b_rows, set_b_cols, set_a_rows, set_a_cols) to train on mirror images too, see `Mirror`; what is
+            deployed runs once.
+        separable: a narrow beam's logit is the sum of its row's and its column's, as its gain in dB is. Where N logits
+            need N weights a hidden unit, this needs rows + cols: half the network's weights, better spent on its width
+            (measured at equal weights: Top-1 +0.4 points). Takes Set A's grid from `mirror`.
     """
 
     def __init__(
@@ -244,15 +248,19 @@ class BeamMLP(nn.Module):
         history: int,
         hidden: Sequence[int] = (32, 32),
         mirror: tuple[int, int, int, int] | None = None,
+        separable: bool = False,
     ) -> None:
         super().__init__()
+        if separable and not mirror:
+            raise RankdError("student network: separable needs the beam grid, which mirror brings; set mirror: true too")
         self.normalizer = ReportNormalizer(set_b)
         self.mirror = Mirror(*mirror) if mirror else None
         widths = [2 * history * set_b + 1, *hidden]
         layers: list[nn.Module] = []
         for before, after in zip(widths[:-1], widths[1:], strict=True):
             layers += [nn.Linear(before, after), nn.ReLU()]
-        self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], set_a))
+        head = _SeparableHead(widths[-1], *mirror[2:]) if separable and mirror else nn.Linear(widths[-1], set_a)
+        self.layers = nn.Sequential(*layers, head)
 
     def forward(self, l1_rsrp_dbm: Tensor, l1_rsrp_mask: Tensor) -> Tensor:
         """Logits [B, N] over Set A from reports [B, H, W] (dBm) and their mask."""
@@ -263,6 +271,18 @@ class BeamMLP(nn.Module):
     def _logits(self, l1_rsrp_dbm: Tensor, l1_rsrp_mask: Tensor) -> Tensor:
         shape_BHW, level_B1, there_BHW = self.normalizer(l1_rsrp_dbm, l1_rsrp_mask)
         return self.layers(torch.cat([shape_BHW.flatten(1), there_BHW.flatten(1), level_B1], dim=1))
+
+
+class _SeparableHead(nn.Module):
+    """Logits [B, rows*cols] as the sum of a row's and a column's."""
+
+    def __init__(self, width: int, rows: int, cols: int) -> None:
+        super().__init__()
+        self.row = nn.Linear(width, rows)
+        self.col = nn.Linear(width, cols)
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        return (self.row(x_BD).unsqueeze(2) + self.col(x_BD).unsqueeze(1)).flatten(1)
 
 
 class Deployable(nn.Module):
