@@ -264,21 +264,16 @@ class Ingest:
         self.path = inside(root, cfg.path, "steps.corpus.source.path")
         self.cfg = cfg = _with_shapes(cfg, schema)
         first = _Pass(self.path, cfg, schema)
-        self._split_of = self._plan(first)
-        tally = first.tally
-        self._check_units(tally)
-        total = max(tally.rows, 1)
-        self.rejected = [{"row": row, "reason": reason} for row, reason in sorted(tally.rejected.items())]
+        cells, whole = self._survey(first)
+        self._check_units(first.tally)
+        self._check_rejected(first.tally)
+        self._split_of = self._plan(cells, whole)
+        self._set_aside(first.tally)
+        self.rejected = [{"row": row, "reason": reason} for row, reason in sorted(first.tally.rejected.items())]
         self.masked = [
-            {"column": name, "reason": reason, "values": count, "first_row": tally.first_row[(name, reason)]}
-            for (name, reason), count in sorted(tally.masked.items())
+            {"column": name, "reason": reason, "values": count, "first_row": first.tally.first_row[(name, reason)]}
+            for (name, reason), count in sorted(first.tally.masked.items())
         ]
-        if len(self.rejected) > cfg.most_rejected * total:
-            reason, count = Counter(item["reason"] for item in self.rejected).most_common(1)[0]
-            raise RankdError(
-                f"{self.path.name}: {len(self.rejected)} of {total} rows would be set aside (first: row {self.rejected[0]['row']}; "
-                f"most often: {reason}, {count} times); correct the column map, or raise source.most_rejected."
-            )
 
     def __iter__(self) -> Iterator[tuple[pa.Table, pa.Table]]:
         next_id = 0
@@ -308,8 +303,8 @@ class Ingest:
             table[name] = as_column(kept, ColumnSpec(name=name, dtype=_dtype_name(kept), shape=kept.shape[1:]))
         return pa.table(table)
 
-    def _plan(self, first: _Pass) -> dict[int, str]:
-        """The split of each drop: held out by site and band, otherwise drawn within its site and band from the seed."""
+    def _survey(self, first: _Pass) -> tuple[dict[tuple, list[int]], dict[int, bool]]:
+        """(drops of each site and band, whether each drop is labelled and complete throughout)."""
         cells: dict[tuple, list[int]] = {}
         whole: dict[int, bool] = {}
         for parsed in first:
@@ -318,8 +313,21 @@ class Ingest:
             for d, s, b, c in zip(parsed.drop.tolist(), site.tolist(), band.tolist(), parsed.complete.tolist(), strict=True):
                 if d not in whole:
                     cells.setdefault((s, round(float(b), 6)), []).append(d)
-                    whole[d] = True
-                whole[d] = whole[d] and c
+                whole[d] = whole.get(d, True) and c
+        return cells, whole
+
+    def _check_rejected(self, tally: _Tally) -> None:
+        count, total = len(tally.rejected), max(tally.rows, 1)
+        if count <= self.cfg.most_rejected * total:
+            return
+        reason, times = Counter(tally.rejected.values()).most_common(1)[0]
+        raise RankdError(
+            f"{self.path.name}: {count} of {total} rows would be set aside (first: row {min(tally.rejected)}; most often: "
+            f"{reason}, {times} times); correct the column map, or raise source.most_rejected."
+        )
+
+    def _plan(self, cells: dict[tuple, list[int]], whole: dict[int, bool]) -> dict[int, str]:
+        """The split of each drop: held out by site and band, otherwise drawn within its site and band from the seed."""
         self._check_held_out(cells)
         split: dict[int, str] = {}
         for index, ((site, band), drops) in enumerate(sorted(cells.items())):
@@ -337,7 +345,6 @@ class Ingest:
                     f"{self.path.name}: no drop is left for split {kind!r}; {sum(whole.values())} of {len(whole)} drops "
                     "have a label and all truth columns in every row, and only those can be validated or tested on."
                 )
-        self._list_unused(first, split)
         return split
 
     def _check_held_out(self, cells: dict[tuple, list[int]]) -> None:
@@ -363,15 +370,13 @@ class Ingest:
         split.update(dict.fromkeys(eligible[n_val : n_val + n_test], "test"))
         return split
 
-    def _list_unused(self, first: _Pass, split: dict[int, str]) -> None:
-        unused = {d for d, s in split.items() if s == ""}
-        if not unused:
-            return
-        again = _Pass(self.path, self.cfg, self.schema)
-        for parsed in again:
+    def _set_aside(self, tally: _Tally) -> None:
+        """List the rows of drops that no split can use."""
+        unused = {d for d, split in self._split_of.items() if not split}
+        for parsed in _Pass(self.path, self.cfg, self.schema) if unused else ():
             for row, d in zip(parsed.number.tolist(), parsed.drop.tolist(), strict=True):
                 if d in unused:
-                    first.tally.rejected[row] = "of a held-out site or band, in a drop that is not labelled throughout"
+                    tally.rejected[row] = "of a held-out site or band, in a drop that is not labelled throughout"
 
     def _theirs(self, spec: ColumnSpec) -> list[str]:
         column = self.cfg.columns[spec.name]
