@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from rankd_pipeline.errors import RankdError
 from rankd_pipeline.orchestration.lifeline import die_with_parent
 from rankd_pipeline.orchestration.setup import initialise
-from rankd_pipeline.settings import TELEMETRY_OFF, Settings, prepare_environment
+from rankd_pipeline.settings import TELEMETRY_OFF, Settings, prepare_environment, settings
 
 if TYPE_CHECKING:
     import dagster as dg
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 Status = Literal["success", "stopped", "failed", "interrupted"]
 State = Literal["started", "done", "cached", "failed", "gate", "note"]
 LAUNCH_TAG = "rankd/launch"
+DISK_FULL = ("No space left on device", "database or disk is full")  # of the file system, of SQLite
 INTERRUPTED = "interrupted; what is finished is stored, run again to go on"
 
 
@@ -351,6 +352,11 @@ def main() -> None:
             outcome = _execute(request, send)
         except RankdError as error:
             outcome = RunOutcome(None, "failed", None, str(error), exit_code=error.exit_code)
+        except Exception as error:
+            if not any(text in str(error) for text in DISK_FULL):
+                raise
+            message = f"the disk of {settings().home} is full; what is finished is stored. Free space (`rankd gc`) and run again."
+            outcome = RunOutcome(None, "failed", None, message, exit_code=2)
         send("outcome", asdict(outcome))
 
 
