@@ -39,8 +39,14 @@ def student(ctx: StepContext) -> None:
     chosen = max(by_arm[winner], key=lambda job: job["validation_score"])
     ctx.metrics.update(temperature=temperature, arm=winner, validation=mean_validation, sweep=[_row(job) for job in sweep])
     _publish(ctx, chosen, by_arm, temperature)
-    ctx.write_json("comparison.json", {"sweep": sweep, "paired": trained, "chosen": chosen["name"]})
+    ctx.write_json("comparison.json", {"sweep": _told(sweep), "paired": _told(trained), "chosen": chosen["name"]})
     ctx.write_json("history.json", chosen["history"])
+
+
+def _told(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What came out of each job, without where it was trained: a path would make equal students differ."""
+    kept = ("name", "arm", "temperature", "seed", "validation_loss", "validation_score", "divergence", "best_epoch", "history")
+    return [{key: job[key] for key in kept} for job in jobs]
 
 
 def _row(job: dict[str, Any]) -> dict[str, Any]:

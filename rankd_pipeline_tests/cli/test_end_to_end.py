@@ -82,10 +82,10 @@ def test_a_second_run_makes_nothing(smoke_chain: Settings) -> None:
 def test_plan_says_what_a_changed_setting_costs(smoke_chain: Settings, tmp_path: Path) -> None:
     text = pipeline_files()["beam_management"].read_text()
     changed = tmp_path / "defs.yaml"
-    changed.write_text(text.replace("hidden: [32, 32]", "hidden: [16, 16]"))
+    changed.write_text(text.replace("alpha: 0.7", "alpha: 0.6"))
     out = rankd(smoke_chain, "plan", str(changed), "--scale", "smoke").stdout
     rows = {line.split()[0]: line for line in out.splitlines() if line.split()[0] in STEPS}
-    assert " no " in rows["soft_labels"] and "changed: config.network.hidden" in rows["student"]
+    assert " no " in rows["soft_labels"] and "changed: config.alpha" in rows["student"]
     assert "its input student would be made anew" in rows["quantized_onnx"]
 
 
