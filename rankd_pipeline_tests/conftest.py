@@ -85,8 +85,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "needs_postgres: runs against Debian's PostgreSQL, and is left out where it is missing")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out, and say so, what this host has not got."""
+    """One worker takes all tests of the smoke chain, so that the other need not wait for it; leave out what this host lacks."""
+    for item in items:
+        if "smoke_chain" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("smoke_chain"))
     if shutil.which("initdb") or list(Path("/usr/lib/postgresql").glob("*/bin/initdb")):
         return
     missing = [item for item in items if item.get_closest_marker("needs_postgres")]
