@@ -11,7 +11,7 @@ from rankd_pipeline.audit.report import AuditConfig
 # What compares rows is slow, so each kind is audited with the comparison that must find it; benchmarks/audit_catalogue.py
 # plants every kind against the whole audit.
 COMPARISON = {
-    "stuck_component": "components", "components_permuted": "components", "receiver_off": "runs",
+    "stuck_component": "components", "components_permuted": "components", "receiver_off": "runs", "dbw_for_dbm": "levels",
     "units_leaked_with_noise": "copies", "labels_random": "labels", "labels_of_other_rows": "labels", "labels_off_by_one": "labels",
 }  # fmt: skip
 COUNTED = [name for name in CATALOGUE if name not in COMPARISON]
@@ -33,7 +33,7 @@ def test_counted_faults_are_all_found(make_clean: Callable[[int], Corpus]) -> No
 
 @pytest.mark.parametrize(("fault", "seeds", "least"), [
     ("stuck_component", 20, 0.85), ("components_permuted", 20, 0.9), ("receiver_off", 20, 0.9),
-    ("units_leaked_with_noise", 20, 0.7),
+    ("units_leaked_with_noise", 20, 0.7), ("dbw_for_dbm", 20, 0.8),
     ("labels_random", 5, 0.8), ("labels_of_other_rows", 5, 0.8), ("labels_off_by_one", 5, 0.8),
 ])  # fmt: skip
 def test_faults_that_only_a_comparison_shows(make_clean: Callable[[int], Corpus], fault: str, seeds: int, least: float) -> None:
