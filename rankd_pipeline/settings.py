@@ -44,8 +44,9 @@ class Settings:
         return self.home / "progress"
 
     @property
-    def ledger_dir(self) -> Path:
-        return self.home / "ledger"
+    def serving_dir(self) -> Path:
+        """`<pipeline>/bundle` in it is what a consumer reads; `<pipeline>/ledger.jsonl` says since when and why."""
+        return self.home / "serving"
 
     @property
     def initialised(self) -> bool:

@@ -9,6 +9,7 @@ from rankd_pipeline.cli.bundles import lineage, predict, profile
 from rankd_pipeline.cli.host import doctor
 from rankd_pipeline.cli.reports import ablate, report
 from rankd_pipeline.cli.runs import functions, init, plan, run, ui
+from rankd_pipeline.cli.serving import history, rollback
 from rankd_pipeline.cli.space import gc, pin, unpin
 from rankd_pipeline.errors import RankdError
 from rankd_pipeline.settings import prepare_environment
@@ -26,7 +27,24 @@ def rankd() -> None:
     """
 
 
-for command in (init, run, plan, functions, report, ablate, predict, lineage, profile, gc, pin, unpin, doctor, ui):
+for command in (
+    init,
+    run,
+    plan,
+    functions,
+    report,
+    ablate,
+    predict,
+    lineage,
+    profile,
+    history,
+    rollback,
+    gc,
+    pin,
+    unpin,
+    doctor,
+    ui,
+):
     rankd.add_command(command)
 
 

@@ -76,7 +76,7 @@ def champion_recipes(pipeline: str, store: "Store", current: Settings) -> dict[s
 
     Raises: RankdError if nothing serves or its artifact is gone.
     """
-    from rankd_pipeline.steps.promotion import open_ledger
+    from rankd_pipeline.store.ledger import open_ledger
 
     entry = open_ledger(current, pipeline).champion() if current.home.is_dir() else None
     if entry is None:
@@ -102,9 +102,9 @@ def with_inputs(pipeline: str, recipes: Mapping[str, str], store: "Store") -> di
 def summary_of(config: "PipelineConfig", recipes: Mapping[str, str], current: Settings) -> "Summary":
     """Sum up the artifacts with these recipes under the configuration that made them."""
     from rankd_pipeline.steps.chain import STEPS
-    from rankd_pipeline.steps.promotion import open_ledger
     from rankd_pipeline.steps.runner import open_store
     from rankd_pipeline.steps.summary import summarise
+    from rankd_pipeline.store.ledger import open_ledger
 
     store, pipeline = open_store(current), config.pipeline
     found = {step: store.get(pipeline, step, recipes[step]) for step in STEPS if step in recipes}

@@ -126,7 +126,7 @@ def functions() -> None:
 
     from rankd_pipeline.ran_functions.registry import load_function
     from rankd_pipeline.spec import load_pipeline, pipeline_files
-    from rankd_pipeline.steps.promotion import open_ledger
+    from rankd_pipeline.store.ledger import open_ledger
 
     current = settings()
     table = Table("pipeline", "RAN function", "metric", "budget", "champion", box=None, pad_edge=False)

@@ -17,13 +17,11 @@ def gc(for_real: bool) -> None:
     """Artifacts that no champion past or present, none of the last 3 runs and no pin reaches; a dry run by default."""
     from rankd_pipeline.steps.runner import open_store
     from rankd_pipeline.store.gc import apply, sweep
-    from rankd_pipeline.store.ledger import Ledger
+    from rankd_pipeline.store.ledger import ledgers
 
     current = settings()
     store = open_store(current)
-    folder = current.ledger_dir
-    ledgers = [Ledger(folder, path.stem) for path in sorted(folder.glob("*.jsonl"))]
-    plan = sweep(store, ledgers, _pins(current).all())
+    plan = sweep(store, ledgers(current.serving_dir), _pins(current).all())
     _show(plan)
     if for_real:
         apply(store, plan)

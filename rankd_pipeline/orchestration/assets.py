@@ -8,6 +8,7 @@ import dagster as dg
 
 from rankd_pipeline.errors import GateStopped, RankdError
 from rankd_pipeline.orchestration.metadata import gates_table, step_metadata
+from rankd_pipeline.orchestration.mirrors import reconcile
 from rankd_pipeline.orchestration.resources import MlflowTracking, RankdRun
 from rankd_pipeline.orchestration.setup import pool_name
 from rankd_pipeline.ran_functions.registry import load_function
@@ -16,7 +17,6 @@ from rankd_pipeline.spec import PipelineConfig, PipelineSpec
 from rankd_pipeline.steps.chain import CHAIN, GATED, StepInfo
 from rankd_pipeline.steps.runner import open_store, require_passed, resolve, run_step
 from rankd_pipeline.store.artifact import Artifact
-from rankd_pipeline.store.ledger import Entry, Ledger
 
 KINDS = {
     "corpus": {"sionna", "parquet"},
@@ -82,51 +82,35 @@ def _tags(artifact: Artifact, spec: PipelineSpec) -> dict[str, str]:
 
 
 def _tracked(context: dg.AssetExecutionContext, mlflow: MlflowTracking, artifact: Artifact, spec: PipelineSpec) -> dict[str, Any]:
-    """Log the artifact's model to MLflow; a deployment is first entered in the ledger, whose aliases MLflow then mirrors."""
+    """Log the artifact's model to MLflow; a deployment is first entered in the ledger, which the mirrors then follow."""
     tracker = mlflow.tracker()
-    ledger = _promote(context, artifact, spec) if artifact.step == "deployment" and not artifact.skipped else None
-    result = tracker.track(artifact, spec, context.run.run_id, "/".join(context.asset_key.path))
+    promoted = artifact.step == "deployment" and not artifact.skipped
+    if promoted:
+        _promote(context, artifact, spec)
+    result = tracker.track(artifact, context.run.run_id, "/".join(context.asset_key.path))
     if result is None:
         return {}
-    problem = result.problem
-    if ledger is not None and not problem:
-        problem = tracker.mirror(spec.pipeline, ledger.champion(), _challenger(ledger))
-    if problem:
-        context.log.warning(f"not tracked: {problem}")
-        return {"mlflow": f"not tracked: {problem}"}
+    problems = [result.problem] if result.problem else []
+    if promoted:
+        behind = reconcile(spec.pipeline, settings(), tracker, context.instance, context.log_event)
+        problems += [f"{name} pending: {text}" for name, text in behind.items() if text != result.problem]
+    for text in problems:
+        context.log.warning(f"not tracked: {text}")
+    if result.problem:
+        return {"mlflow": f"not tracked: {result.problem}"}
     links: dict[str, Any] = {"mlflow_run_id": result.run_id, "mlflow_run": dg.MetadataValue.url(result.url)}
     if result.model_version:
         links["mlflow_model_version"] = result.model_version
-    return links
+    return {**links, **({"mlflow": "not tracked: " + "; ".join(problems)} if problems else {})}
 
 
-def _promote(context: dg.AssetExecutionContext, artifact: Artifact, spec: PipelineSpec) -> Ledger:
-    """Enter the bundle in the ledger, and show it in the graph if it serves."""
-    from rankd_pipeline.steps.promotion import open_ledger, promote
+def _promote(context: dg.AssetExecutionContext, artifact: Artifact, spec: PipelineSpec) -> None:
+    """Enter the bundle in the ledger, and say whether it serves."""
+    from rankd_pipeline.steps.promotion import promote
 
     current = settings()
     entry = promote(spec, artifact, open_store(current), current, context.run.run_id)
     context.log.info(f"version {entry.version}: {entry.event}, {entry.reason}")
-    ledger = open_ledger(current, spec.pipeline)
-    champion = ledger.champion()
-    if champion is not None and champion.recipe == artifact.recipe:
-        metadata = {"version": champion.version, "reason": champion.reason, "bundle": dg.MetadataValue.path(champion.bundle)}
-        context.log_event(
-            dg.AssetMaterialization(
-                asset_key=dg.AssetKey([spec.pipeline, "champion"]),
-                description=f"version {champion.version} serves",
-                metadata=metadata if champion.score is None else {**metadata, "score": champion.score},
-                tags={"dagster/data_version": artifact.version},
-            )
-        )
-    return ledger
-
-
-def _challenger(ledger: Ledger) -> Entry | None:
-    """The newest deployable version that does not serve."""
-    champion = ledger.champion()
-    newest = next((item for item in reversed(ledger.entries()) if item.event == "registered" and item.scale != "smoke"), None)
-    return None if newest is None or (champion is not None and newest.version <= champion.version) else newest
 
 
 def _gate_check(config: PipelineConfig, step: str) -> dg.AssetChecksDefinition:

@@ -133,8 +133,9 @@ class Predictor:
 
 
 def load_bundle(path: Path) -> Predictor:
-    """Verify the bundle at `path`, then open its model with onnxruntime."""
-    return Predictor(path, verify_bundle(path))
+    """Verify the bundle at `path`, then open its model with onnxruntime. A link (to what serves) is followed once."""
+    folder = Path(path).resolve()
+    return Predictor(folder, verify_bundle(folder))
 
 
 def python_caller(signature: ModelSignature) -> str:

@@ -3,17 +3,13 @@
 from rankd_pipeline.evaluation.bootstrap import estimate
 from rankd_pipeline.evaluation.table import concat_tables, read_table
 from rankd_pipeline.ran_functions.registry import load_function
+from rankd_pipeline.runtime.bundle import verify_bundle
 from rankd_pipeline.settings import Settings
 from rankd_pipeline.spec import PipelineSpec
 from rankd_pipeline.store.artifact import Artifact, Store
-from rankd_pipeline.store.ledger import Entry, Ledger
+from rankd_pipeline.store.ledger import Entry, open_ledger
 
 SHIPPED = "shipped"
-
-
-def open_ledger(current: Settings, pipeline: str) -> Ledger:
-    """The ledger of a pipeline under these settings."""
-    return Ledger(current.home / "ledger", pipeline)
 
 
 def promote(spec: PipelineSpec, artifact: Artifact, store: Store, current: Settings, run_id: str | None) -> Entry:
@@ -34,11 +30,11 @@ def promote(spec: PipelineSpec, artifact: Artifact, store: Store, current: Setti
         return ledger.decide(entry, "refused", f"{spec.scale} scale: a trial, not deployable")
     champion = ledger.champion()
     if champion is None:
-        return ledger.decide(entry, "champion", "the first deployable version")
+        return ledger.decide(entry, "champion", "the first deployable version", verify_bundle)
     if champion.test_data != entry.test_data:
         return ledger.decide(entry, "refused", f"judged on other test data than champion v{champion.version}: not comparable")
     better, sentence = _better(spec, artifact, champion, store)
-    return ledger.decide(entry, "champion" if better else "refused", sentence)
+    return ledger.decide(entry, "champion" if better else "refused", sentence, verify_bundle)
 
 
 def _better(spec: PipelineSpec, challenger: Artifact, champion: Entry, store: Store) -> tuple[bool, str]:

@@ -268,7 +268,7 @@ class Store:
         measured: dict[str, dict[str, Any]] = {}
         for name in sorted(_relative_files(draft.out)):
             path = draft.out / name
-            _sync(path)  # before the rename, or a power failure could leave a whole-looking artifact with empty files
+            sync_path(path)  # before the rename, or a power failure could leave a whole-looking artifact with empty files
             (measured if name in draft.volatile else files)[name] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
         content = {name: entry["sha256"] for name, entry in files.items()}
         try:
@@ -302,7 +302,7 @@ class Store:
         if target.exists():  # without a manifest: a removal that was killed half way, or a manifest deleted by hand
             shutil.rmtree(target)
         os.rename(draft.out, target)
-        _sync(target.parent)
+        sync_path(target.parent)
         shutil.rmtree(draft.scratch.parent, ignore_errors=True)
         return Artifact(target, manifest, cached=False)
 
@@ -401,10 +401,11 @@ def _relative_files(folder: Path) -> set[str]:
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
-    _sync(path)
+    sync_path(path)
 
 
-def _sync(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Have the kernel write a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 
 from rankd_pipeline.errors import Busy, RankdError
 from rankd_pipeline.store.artifact import Artifact, Store
-from rankd_pipeline.store.ledger import Ledger
+from rankd_pipeline.store.ledger import SERVES, Ledger
 
 KEEP_RUNS = 3
 DRAFT_DAYS = 7.0
@@ -77,7 +77,7 @@ def sweep(store: Store, ledgers: Iterable[Ledger], pins: Mapping[str, str], now:
     kept: dict[str, str] = {}
     for ledger in ledgers:
         for entry in ledger.entries():
-            if entry.event == "champion":
+            if entry.event in SERVES:
                 _reach(entry.recipe, f"champion history, version {entry.version}", artifacts, kept)
     old_runs: list[tuple[str, str]] = []
     for pipeline in sorted({item.pipeline for item in artifacts.values()}):

@@ -18,7 +18,6 @@ from urllib.parse import urlsplit
 from filelock import FileLock
 
 from rankd_pipeline.settings import TELEMETRY_OFF
-from rankd_pipeline.spec import PipelineSpec
 from rankd_pipeline.store.artifact import Artifact, sha256_text
 from rankd_pipeline.store.ledger import Entry
 
@@ -56,7 +55,7 @@ class Tracker:
         self._is_server = uri.startswith(("http://", "https://"))
 
     # -- what a step calls ----------------------------------------------------------------------------------------
-    def track(self, artifact: Artifact, spec: PipelineSpec, dagster_run_id: str, asset_key: str) -> Tracked | None:
+    def track(self, artifact: Artifact, dagster_run_id: str, asset_key: str) -> Tracked | None:
         """Log one artifact once; None if its step trains nothing or was skipped.
 
         A rerun finds the recipe's run and finishes it, so that neither a rerun nor a kill leaves two. Never raises for
@@ -69,7 +68,7 @@ class Tracker:
             return known
         try:
             with self._session() as client:
-                tracked = self._log(client, artifact, spec, dagster_run_id, asset_key)
+                tracked = self._log(client, artifact, dagster_run_id, asset_key)
         except Exception as error:  # whatever MLflow, its database or its server raises: training must not fail for it
             return Tracked(problem=f"MLflow at {_without_password(self.uri)}: {_one_line(error)}")
         self._remember(artifact.recipe, tracked)
@@ -84,17 +83,18 @@ class Tracker:
             return ""
         try:
             with self._session() as client:
-                for alias, entry in wanted.items():
-                    self._set_alias(client, pipeline, alias, entry)
+                unknown = [alias for alias, entry in wanted.items() if not self._set_alias(client, pipeline, alias, entry)]
         except Exception as error:  # as in track()
             return f"MLflow at {_without_password(self.uri)}: {_one_line(error)}"
+        if unknown:
+            return f"MLflow at {_without_password(self.uri)}: the {unknown[0]} is not registered there"
         self._write_memory(key, state)
         return ""
 
     # -- one run per recipe -----------------------------------------------------------------------------------------
-    def _log(self, client: "MlflowClient", artifact: Artifact, spec: PipelineSpec, dagster_run_id: str, asset_key: str) -> Tracked:
-        experiment = self._experiment(client, spec.pipeline)
-        tags = _tags(artifact, spec, dagster_run_id, asset_key)
+    def _log(self, client: "MlflowClient", artifact: Artifact, dagster_run_id: str, asset_key: str) -> Tracked:
+        experiment = self._experiment(client, artifact.pipeline)
+        tags = _tags(artifact, dagster_run_id, asset_key)
         run_id = self._run_of(client, experiment, artifact, tags)
         _log_params(client, run_id, artifact)
         _log_metrics(client, run_id, artifact)
@@ -103,7 +103,7 @@ class Tracker:
             client.log_artifact(run_id, str(path), None if folder == "." else folder)
         version = ""
         if artifact.step == "deployment" and (artifact.path / BUNDLE_MODEL).is_file():
-            version = self._register(client, run_id, artifact, spec, tags)
+            version = self._register(client, run_id, artifact, tags)
         client.set_terminated(run_id, "FINISHED", end_time=_finished_ms(artifact))
         return Tracked(run_id, self._url(experiment, run_id), version)
 
@@ -132,13 +132,11 @@ class Tracker:
         return f"{_without_password(base)}/#/experiments/{experiment}/runs/{run_id}"
 
     # -- registered models ------------------------------------------------------------------------------------------
-    def _register(
-        self, client: "MlflowClient", run_id: str, artifact: Artifact, spec: PipelineSpec, tags: Mapping[str, str]
-    ) -> str:
+    def _register(self, client: "MlflowClient", run_id: str, artifact: Artifact, tags: Mapping[str, str]) -> str:
         """A version of the pipeline's registered model whose ONNX file is, byte for byte, the bundle's."""
         from mlflow.exceptions import MlflowException
 
-        name = spec.pipeline
+        name = artifact.pipeline
         try:
             client.create_registered_model(name, description=f"Deployed students of {name}; the ledger in the rankd home decides.")
         except MlflowException as error:
@@ -155,13 +153,15 @@ class Tracker:
         made = client.create_model_version(name, source, run_id, tags=dict(tags), description=f"recipe {artifact.recipe}")
         return str(made.version)
 
-    def _set_alias(self, client: "MlflowClient", pipeline: str, alias: str, entry: Entry | None) -> None:
+    def _set_alias(self, client: "MlflowClient", pipeline: str, alias: str, entry: Entry | None) -> bool:
+        """Point the alias at the version of `entry`, or at none; False if MLflow does not have that version."""
         versions = client.search_model_versions(f"name = '{pipeline}'")
         target = next((item for item in versions if entry and item.tags.get(RECIPE_TAG) == entry.recipe), None)
         if target is not None:
             client.set_registered_model_alias(pipeline, alias, str(target.version))
         elif versions and alias in client.get_registered_model(pipeline).aliases:
             client.delete_registered_model_alias(pipeline, alias)
+        return target is not None or entry is None
 
     # -- the connection ---------------------------------------------------------------------------------------------
     @contextmanager
@@ -206,15 +206,16 @@ class Tracker:
 
 
 # -- what is logged ---------------------------------------------------------------------------------------------------
-def _tags(artifact: Artifact, spec: PipelineSpec, dagster_run_id: str, asset_key: str) -> dict[str, str]:
+def _tags(artifact: Artifact, dagster_run_id: str, asset_key: str) -> dict[str, str]:
     """The same on runs and model versions: the way from MLflow back to Dagster and to the store."""
+    recipe = artifact.manifest["recipe"]
     return {
         RECIPE_TAG: artifact.recipe,
         "rankd.version": artifact.version,
         "rankd.step": artifact.step,
-        "rankd.scale": spec.scale,
-        "rankd.seed": str(spec.seed),
-        "rankd.variant": spec.variant,
+        "rankd.scale": recipe["scale"],
+        "rankd.seed": str(recipe["seed"]),
+        "rankd.variant": recipe["variant"],
         "dagster.run_id": str(artifact.observed.get("run_id") or dagster_run_id),
         "dagster.asset_key": asset_key,
         **{f"rankd.input.{name}": entry["recipe"] for name, entry in artifact.manifest["inputs"].items()},

@@ -9,6 +9,9 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper
 
+from rankd_pipeline.runtime.bundle import MODEL, write_bundle
+from rankd_pipeline.runtime.onnx_export import SIGNATURE_KEY
+from rankd_pipeline.runtime.signature import ModelSignature, TensorSpec
 from rankd_pipeline.settings import Settings
 from rankd_pipeline.spec import PipelineSpec
 from rankd_pipeline.steps.chain import CHAIN, GATED
@@ -56,17 +59,23 @@ def _fill(draft: Draft, spec: PipelineSpec, verdict: str, score: float) -> None:
         (draft.out / "figures").mkdir(exist_ok=True)
         (draft.out / "figures" / "reliability.png").write_bytes(PNG)
     if step == "deployment":
-        (draft.out / "bundle").mkdir(exist_ok=True)
-        save_model(draft.out / "bundle" / "model.onnx", scale=score)
+        save_model(draft.scratch / "model.onnx", scale=score)
+        write_bundle(draft.out / "bundle", {MODEL: draft.scratch / "model.onnx"}, {"recipe": draft.recipe.digest}, "<p>toy</p>")
         draft.metrics.update(score=score, test_data="planted")
 
 
+TOY = ModelSignature(
+    name="toy", budget_us=100.0, inputs=(TensorSpec(name="x", axes=("i",), shape=(4,), unit="1"),),
+    outputs=(TensorSpec(name="y", axes=("i",), shape=(4,), unit="1"),),
+)  # fmt: skip
+
+
 def save_model(path: Path, scale: float) -> None:
-    """y = scale * x, with metadata of its own."""
+    """y = scale * x, with its signature."""
     value = helper.make_tensor("scale", TensorProto.FLOAT, [1], [scale])
     node = helper.make_node("Mul", ["x", "scale"], ["y"])
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 4]) for name in "xy")
     model = helper.make_model(helper.make_graph([node], "toy", [x], [y], [value]), opset_imports=[helper.make_opsetid("", 18)])
     model.ir_version = 10
-    helper.set_model_props(model, {"rankd.recipe": "planted"})
+    helper.set_model_props(model, {SIGNATURE_KEY: TOY.model_dump_json()})
     onnx.save(model, str(path))

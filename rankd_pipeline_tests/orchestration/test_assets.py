@@ -14,8 +14,8 @@ from rankd_pipeline.orchestration.resources import MlflowTracking, RankdRun
 from rankd_pipeline.settings import Settings
 from rankd_pipeline.spec import PipelineSpec, load_pipeline
 from rankd_pipeline.steps.chain import CHAIN, GATED
-from rankd_pipeline.steps.promotion import open_ledger
 from rankd_pipeline.steps.runner import open_store
+from rankd_pipeline.store.ledger import open_ledger
 from rankd_pipeline_tests.orchestration.planted import PNG, plant
 
 NO_MLFLOW = "http://127.0.0.1:9"

@@ -48,7 +48,8 @@ def test_every_champion_there_ever_was_is_kept(tmp_path: Path) -> None:
     store, ledger = Store(tmp_path / "store"), Ledger(tmp_path / "ledger", "toy")
     recipes = [run(store, seed, f"run-{seed}") for seed in range(6)]
     for number in (0, 1):
-        entry = ledger.register(recipes[number]["quantized_onnx"], "/b", "laptop", 0.5, "t", None)
+        (tmp_path / "bundle").mkdir(exist_ok=True)
+        entry = ledger.register(recipes[number]["quantized_onnx"], str(tmp_path / "bundle"), "laptop", 0.5, "t", None)
         ledger.decide(entry, "champion" if number == 0 else "refused", "because")
     plan = sweep(store, [ledger], {})
     assert set(recipes[0].values()) <= set(plan.kept) and "champion history, version 1" in plan.kept[recipes[0]["corpus"]]

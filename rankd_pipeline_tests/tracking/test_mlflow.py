@@ -34,7 +34,7 @@ def client(home: Settings) -> MlflowClient:
 
 
 def track(tracker: Tracker, artifact: Artifact) -> Tracked:
-    tracked = tracker.track(artifact, SPEC, "dagster-run", f"{PIPELINE}/{artifact.step}")
+    tracked = tracker.track(artifact, "dagster-run", f"{PIPELINE}/{artifact.step}")
     assert tracked is not None and tracked.problem == "", tracked
     return tracked
 
@@ -54,7 +54,7 @@ def forget(home: Settings) -> Tracker:
 def test_one_run_per_trained_model_with_all_that_leads_back(home: Settings, tracker: Tracker, client: MlflowClient) -> None:
     made = plant(SPEC, home)
     for artifact in made.values():
-        tracker.track(artifact, SPEC, "dagster-run", f"{PIPELINE}/{artifact.step}")
+        tracker.track(artifact, "dagster-run", f"{PIPELINE}/{artifact.step}")
     found = {run.data.tags["rankd.step"]: run for run in runs(client)}
     assert set(found) == set(TRACKED)
     teacher = found["teacher"]
@@ -153,7 +153,7 @@ def test_aliases_follow_the_ledger(home: Settings, tracker: Tracker, client: Mlf
 def test_a_server_that_is_down_costs_seconds_and_a_sentence(home: Settings, uri: str) -> None:
     teacher = plant(SPEC, home, upto="teacher")["teacher"]
     started = time.perf_counter()
-    tracked = Tracker(uri, home.mlflow_dir).track(teacher, SPEC, "r", "k")
+    tracked = Tracker(uri, home.mlflow_dir).track(teacher, "r", "k")
     assert time.perf_counter() - started < 5
     assert tracked is not None and "127.0.0.1:9" in tracked.problem and "hunter2" not in tracked.problem
     assert Tracker(uri, home.mlflow_dir).mirror(PIPELINE, entry(teacher, 1), None) != ""
@@ -172,14 +172,14 @@ def test_a_server_that_hangs_is_given_up(home: Settings, silent_server: str, mon
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     teacher = plant(SPEC, home, upto="teacher")["teacher"]
     started = time.perf_counter()
-    tracked = Tracker(silent_server, home.mlflow_dir).track(teacher, SPEC, "r", "k")
+    tracked = Tracker(silent_server, home.mlflow_dir).track(teacher, "r", "k")
     assert tracked is not None and tracked.problem
     assert time.perf_counter() - started < 30
 
 
 def test_what_could_not_be_tracked_is_tracked_by_the_next_run(home: Settings, tracker: Tracker, client: MlflowClient) -> None:
     teacher = plant(SPEC, home, upto="teacher")["teacher"]
-    down = Tracker("http://127.0.0.1:9", home.mlflow_dir).track(teacher, SPEC, "r", "k")
+    down = Tracker("http://127.0.0.1:9", home.mlflow_dir).track(teacher, "r", "k")
     assert down is not None and down.problem
     assert track(tracker, teacher).run_id == runs(client)[0].info.run_id
 
@@ -195,7 +195,7 @@ def test_a_lost_database_is_made_and_filled_again(home: Settings, tracker: Track
 
 def test_a_skipped_step_and_data_are_no_runs(home: Settings, tracker: Tracker, client: MlflowClient) -> None:
     made = plant(SPEC, home, upto="oracle_labels")
-    assert tracker.track(made["corpus"], SPEC, "r", "k") is None
+    assert tracker.track(made["corpus"], "r", "k") is None
     skipped = Artifact(made["ssl_weights"].path, {**made["ssl_weights"].manifest, "skipped": "labels are plenty"})
-    assert tracker.track(skipped, SPEC, "r", "k") is None
+    assert tracker.track(skipped, "r", "k") is None
     assert runs(client) == []
