@@ -11,6 +11,7 @@ SOURCE = """#include <math.h>
 #include <stdint.h>
 #include "byhand.h"
 {arrays}
+enum {{ ROWS = {rows}, COLS = {cols}, BEAMS = ROWS * COLS, DOWN = {down}, ACROSS = {across}, FIRST = {first} }};
 static void dense(const float *x, int in, const float *w, const float *b, int out, float *y, int relu)
 {{
     for (int o = 0; o < out; o++) y[o] = b[o];
@@ -20,21 +21,32 @@ static void dense(const float *x, int in, const float *w, const float *b, int ou
 }}
 void byhand(const float rsrp[1][1][{beams}], const uint8_t mask[1][1][{beams}], float probability[1][{classes}])
 {{
-    float x[{width}], a[{widest}], b[{widest}], top = -1e4f, sum = 0;
+    float shape[BEAMS], x[2 * BEAMS + 1], a[{widest}], b[{widest}], top = -1e4f, peak = -1e30f, sum = 0;
+    float *p = probability[0];
     int any = 0;
-    for (int i = 0; i < {beams}; i++) if (mask[0][0][i]) {{ any = 1; if (rsrp[0][0][i] > top) top = rsrp[0][0][i]; }}
-    for (int i = 0; i < {beams}; i++) {{
+    for (int i = 0; i < BEAMS; i++) if (mask[0][0][i]) {{ any = 1; if (rsrp[0][0][i] > top) top = rsrp[0][0][i]; }}
+    for (int i = 0; i < BEAMS; i++) {{
         float r = rsrp[0][0][i] - top;
         r = r < -60.0f ? -60.0f : r;
-        x[i] = mask[0][0][i] ? (r - mean[i]) / std[i] : 0;
-        x[{beams} + i] = mask[0][0][i] ? 1 : 0;
+        shape[i] = mask[0][0][i] ? (r - mean[i]) / std[i] : 0;
     }}
-    x[2 * {beams}] = any ? (top - level_mean[0]) / level_std[0] : 0;
+    x[2 * BEAMS] = any ? (top - level_mean[0]) / level_std[0] : 0;
+    for (int beam = 0; beam < BEAMS; beam++) {{
+        for (int i = 0; i < BEAMS; i++) {{
+            int seen = (beam / COLS + i / COLS) % ROWS * COLS + (beam % COLS + i % COLS) % COLS;
+            x[i] = shape[seen];
+            x[BEAMS + i] = mask[0][0][seen] ? 1 : 0;
+        }}
+        dense(x, 2 * BEAMS + 1, w0, b0, FIRST, a, 0);
+        for (int o = 0; o < FIRST; o++) {{ float v = a[o] + place[beam * FIRST + o]; a[o] = v > 0 ? v : 0; }}
 {layers}
-    float peak = a[0];
-    for (int o = 1; o < {classes}; o++) peak = a[o] > peak ? a[o] : peak;
-    for (int o = 0; o < {classes}; o++) {{ probability[0][o] = expf((a[o] - peak) / temperature[0]); sum += probability[0][o]; }}
-    for (int o = 0; o < {classes}; o++) probability[0][o] /= sum;
+        for (int d = 0; d < DOWN; d++)
+            for (int c = 0; c < ACROSS; c++)
+                p[((beam / COLS * DOWN + d) * COLS + beam % COLS) * ACROSS + c] = {last}[d * ACROSS + c];
+    }}
+    for (int o = 0; o < {classes}; o++) peak = p[o] > peak ? p[o] : peak;
+    for (int o = 0; o < {classes}; o++) {{ p[o] = expf((p[o] - peak) / temperature[0]); sum += p[o]; }}
+    for (int o = 0; o < {classes}; o++) p[o] /= sum;
 }}
 """
 
@@ -42,26 +54,28 @@ void byhand(const float rsrp[1][1][{beams}], const uint8_t mask[1][1][{beams}], 
 def handwritten_c(module: Any, folder: Path) -> CSource:
     """Write byhand.c and byhand.h for a `Deployable` of `BeamMLP` without history."""
     folder.mkdir(parents=True)
-    state = {name: value.numpy() for name, value in module.state_dict().items()}
-    weights = [name for name in state if name.endswith("weight")]
+    student, state = module.student, {name: value.numpy() for name, value in module.state_dict().items()}
     arrays = {
         "mean": state["student.normalizer.shape_mean"], "std": state["student.normalizer.shape_std"],
         "level_mean": state["student.normalizer.level_mean"], "level_std": state["student.normalizer.level_std"],
-        "temperature": state["temperature"].reshape(1),
+        "temperature": state["temperature"].reshape(1), "place": state["student.place"],
     }  # fmt: skip
-    calls, source, shapes = [], "x", [state[name].shape for name in weights]
+    weights = [name for name in state if name.endswith("weight")]
     for number, name in enumerate(weights):
         arrays[f"w{number}"], arrays[f"b{number}"] = state[name].T, state[name.replace("weight", "bias")]
-        out, last = ("a", number == len(weights) - 1) if (len(weights) - number) % 2 else ("b", False)
-        calls.append(
-            f"    dense({source}, {shapes[number][1]}, w{number}, b{number}, {shapes[number][0]}, {out}, {int(not last)});"
-        )
+    shapes = [state[name].shape for name in weights]
+    calls, source = [], "a"
+    for number in range(1, len(weights)):
+        out, relu = ("b" if source == "a" else "a"), int(number < len(weights) - 1)
+        calls.append(f"        dense({source}, {shapes[number][1]}, w{number}, b{number}, {shapes[number][0]}, {out}, {relu});")
         source = out
+    beams = student.rows * student.cols
+    classes = beams * student.down * student.across
     text = SOURCE.format(
-        arrays="\n".join(_array(name, value) for name, value in arrays.items()), beams=len(arrays["mean"]), width=shapes[0][1],
-        widest=max(shape[0] for shape in shapes), classes=shapes[-1][0], layers="\n".join(calls),
+        arrays="\n".join(_array(name, value) for name, value in arrays.items()), rows=student.rows, cols=student.cols,
+        down=student.down, across=student.across, beams=beams, first=shapes[0][0], classes=classes, last=source,
+        widest=max(shape[0] for shape in shapes), layers="\n".join(calls),
     )  # fmt: skip
-    beams, classes = len(arrays["mean"]), shapes[-1][0]
     (folder / "byhand.c").write_text(text)
     (folder / "byhand.h").write_text(
         "#include <stdint.h>\n"

@@ -54,7 +54,7 @@ def training() -> list[Row]:
 
     def network() -> torch.nn.Module:
         torch.manual_seed(0)
-        model = BeamMLP(set_b=16, set_a=64, history=1, hidden=(32, 32))
+        model = BeamMLP(set_b_rows=2, set_b_cols=8, set_a_rows=4, set_a_cols=16, history=1, hidden=(16, 12))
         model.normalizer.learn(rsrp, mask)
         return model
 
@@ -172,7 +172,7 @@ def latency() -> list[Row]:
     function = BeamManagement()
     config = function.corpus_config({})
     torch.manual_seed(0)
-    student = function.student(config, {"hidden": [32, 32]})
+    student = function.student(config, {"hidden": [48, 32]})
     generator = np.random.default_rng(0)
     samples = {
         "l1_rsrp_dbm": generator.normal(-95, 12, (512, 1, 16)).astype(np.float32),

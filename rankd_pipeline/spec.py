@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rankd_pipeline.audit.schema import SourceInfo
 from rankd_pipeline.errors import RankdError
 from rankd_pipeline.evaluation.gates import Gate
+from rankd_pipeline.report.scorecard import TARGETS, Target
 
 Scale = Literal["smoke", "laptop", "gpu"]
 SCALES: tuple[Scale, ...] = ("smoke", "laptop", "gpu")
@@ -141,6 +142,7 @@ class PipelineConfig(_Strict):
     """The `attributes` of a pipeline's defs.yaml.
 
     steps: the configuration at `laptop` scale. scales and variants: what differs, merged over it in that order.
+    targets: what a run is held against beside its gates, after those that hold for every function.
     """
 
     pipeline: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
@@ -151,6 +153,7 @@ class PipelineConfig(_Strict):
     scales: dict[Scale, dict[str, Any]] = {}
     variants: dict[str, dict[str, Any]] = {}
     gates: Gates = Gates()
+    targets: tuple[Target, ...] = ()
     schedule: Schedule = Schedule()
 
     def at(self, scale: str = "laptop", seed: int = 0, variant: str = "default") -> "PipelineSpec":
@@ -168,7 +171,8 @@ class PipelineConfig(_Strict):
             merged = deep_merge(merged, self.variants[variant])
         steps = validated(StepConfigs, merged, f"pipeline {self.pipeline}, steps")
         return PipelineSpec(
-            pipeline=self.pipeline, function=self.function, scale=scale, seed=seed, variant=variant, steps=steps, gates=self.gates
+            pipeline=self.pipeline, function=self.function, scale=scale, seed=seed, variant=variant, steps=steps, gates=self.gates,
+            targets=(*TARGETS, *self.targets),
         )  # fmt: skip
 
 
@@ -182,6 +186,7 @@ class PipelineSpec(_Strict):
     variant: str
     steps: StepConfigs
     gates: Gates
+    targets: tuple[Target, ...] = TARGETS
 
     @property
     def enforced(self) -> bool:

@@ -512,8 +512,9 @@ def identity_findings(stream: Stream) -> list[Finding]:
     for records in stream.ids:
         ids, counts = np.unique(records["id"], return_counts=True)
         repeated += int((counts - 1).sum())
-        if example is None and (counts > 1).any():
-            example = int(ids[counts > 1][0])
+        if (counts > 1).any():
+            first = int(ids[counts > 1][0])
+            example = first if example is None else min(example, first)
     if not repeated:
         return []
     return [
@@ -564,11 +565,11 @@ def unit_facts(stream: Stream) -> UnitFacts:
             example = int(records["unit"][starts[np.flatnonzero(torn)[0]]])
             if name == "split":
                 facts.torn_splits += int(torn.sum())
-                facts.torn_split_example = example
+                facts.torn_split_example = min(example, facts.torn_split_example or example)
             else:
                 key = stream.within_unit[int(name[3:])]
                 facts.torn_keys[key] = facts.torn_keys.get(key, 0) + int(torn.sum())
-                facts.torn_key_example.setdefault(key, example)
+                facts.torn_key_example[key] = min(example, facts.torn_key_example.get(key, example))
         if stream.schema.has(stream.schema.time_column):
             _clock_inside(records, stream.clock)
     facts.steps, facts.backwards, facts.repeated_times, facts.clock_example = stream.clock.wrong()
@@ -602,7 +603,8 @@ class Clock:
                 self.steps[kind][float(value)] += int(count)
             sort = "back" if value < 0 else "still" if value == 0 else f"step {value:g}"
             if sort in ("back", "still") or len(self.examples) < self.DISTINCT:
-                self.examples.setdefault(f"{kind} {sort}", int(unit[first]))
+                name = f"{kind} {sort}"
+                self.examples[name] = min(self.examples.get(name, int(unit[first])), int(unit[first]))
 
     def follow(self, series: np.ndarray, unit: np.ndarray, time: np.ndarray) -> None:
         """Take in the rows of a batch in corpus order; steps are counted where a series goes on to another unit."""
@@ -743,7 +745,7 @@ def duplicate_findings(stream: Stream) -> list[Finding]:
     copies = {p: n for p, n in shared.items() if n >= min(3, max(1, 0.5 * min(sizes[p[0]], sizes[p[1]])))}
     found, unit, rows = [], stream.schema.unit_column, max(stream.rows, 1)
     if copies:
-        (a, b), n = max(copies.items(), key=lambda item: item[1])
+        (a, b), n = max(copies.items(), key=lambda item: (item[1], -item[0][0], -item[0][1]))
         found.append(
             Finding(
                 fault="duplicated_unit",
@@ -754,7 +756,7 @@ def duplicate_findings(stream: Stream) -> list[Finding]:
                 next_step="keep one copy of each drop; see how the log came to be read twice",
             )
         )
-        if leaked := [p for p in copies if across[p]]:
+        if leaked := sorted(p for p in copies if across[p]):
             found.append(
                 Finding(
                     fault="split_leak",

@@ -128,7 +128,7 @@ def print_scorecard(config: "PipelineConfig", recipes: Mapping[str, str], curren
 
     summary = summary_of(config, recipes, current)
     page = write_report(summary, report_path(config.pipeline, summary, current))
-    console().print(scorecard_text(summary.scorecard, summary.gates, notes=summary.notes))
+    console().print(scorecard_text(summary.scorecard, summary.gates, summary.targets, summary.notes))
     deployed = summary.scorecard["deployment"]
     click.echo(f"\nreport:     {page}")
     if deployed is not None and deployed["bundle"]:

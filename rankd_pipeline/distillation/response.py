@@ -48,6 +48,14 @@ def label_loss(student_logits: Tensor, labels: Tensor, has_label: Tensor) -> Ten
     return (each * weight).sum() / weight.sum().clamp(min=1.0)
 
 
+def event_response_loss(student_logits: Tensor, teacher_logits: Tensor, T: float) -> Tensor:
+    """T² · KL(teacher ‖ student) of each independent event [B, ...], both as Bernoulli variables at temperature T."""
+    soft_teacher = torch.sigmoid(teacher_logits / T)
+    cross = functional.binary_cross_entropy_with_logits(student_logits / T, soft_teacher, reduction="none")
+    entropy = functional.binary_cross_entropy_with_logits(teacher_logits / T, soft_teacher, reduction="none")
+    return T**2 * (cross - entropy)
+
+
 def hard_teacher_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """Cross-entropy to the teacher's first choice: the control that shows what its dark knowledge adds."""
     return functional.cross_entropy(student_logits, teacher_logits.argmax(dim=-1))

@@ -8,12 +8,17 @@ Aggregates, written as text so that a gate's YAML can hold them:
 
     mean              n-weighted mean over all samples
     quantile(q)       n-weighted inverse of the empirical distribution, 0 < q < 1 (write the metric one row a sample)
-    worst_cell        the worst n-weighted mean over cells; worst_cell(site) groups by that part of the cell only
+    worst_cell        the worst n-weighted mean over cells; worst_cell(site) groups by that part of the cell only,
+                      worst_cell(snr,speed) by both
+    db                10·log10 of the mean: an NMSE over all samples in dB
+    db_of_cells       10·log10 of the plain mean of the cells' means: every cell counts alike, the dB comes last
+    cells_db          the plain mean of 10·log10 of the cells' means: the dB comes first, so no cell drowns the others
+    off_by(0.9)       |mean − 0.9|: how far a coverage is from what was promised
     ece               from the rows ``ece_bin_XX`` (value = mean of confidence − correct):
                       ECE = sum over bins |sum over units n·value| / sum n     (Naeini et al. 2015; Guo et al. 2017)
 
-``ece`` and ``worst_cell`` are not smooth: resampling adds noise that can only push them up (down), so their percentile
-interval would not even hold the estimate. It is shifted by the bootstrap's own estimate of that bias.
+``ece``, ``off_by`` and ``worst_cell`` are not smooth: resampling adds noise that can only push them up (down), so their
+percentile interval would not even hold the estimate. It is shifted by the bootstrap's own estimate of that bias.
 """
 
 import hashlib
@@ -175,22 +180,37 @@ def _statistic(
     if name == "quantile":
         order = np.argsort(value, kind="stable")
         return _quantile(value[order], n[order], unit[order], float(argument or 0.5))
-    # Groups are cells for worst_cell, bins for ece, and one for mean.
-    group = (
-        _cell_groups(rows, argument) if name == "worst_cell" else pd.factorize(rows["metric"].astype(str).to_numpy(), sort=True)[0]
-    )
+    # Groups are cells for what looks at cells, bins for ece, and one for the rest.
+    by_cell = name in ("worst_cell", "db_of_cells", "cells_db")
+    group = _cell_groups(rows, argument) if by_cell else pd.factorize(rows["metric"].astype(str).to_numpy(), sort=True)[0]
     groups = int(group.max()) + 1
     where = unit * groups + group
     total_UG = np.bincount(where, n * value, n_units * groups).reshape(n_units, groups)
     count_UG = np.bincount(where, n, n_units * groups).reshape(n_units, groups)
     if name == "ece":
         return lambda w: np.abs(w @ total_UG).sum(1) / (w @ count_UG.sum(1))
-    if name == "mean":
-        return lambda w: _ratio(w @ total_UG[:, 0], w @ count_UG[:, 0])
+    if not by_cell:
+        return lambda w: _AFTER_MEAN[name](_ratio(w @ total_UG[:, 0], w @ count_UG[:, 0]), argument)
+    if name == "db_of_cells":
+        return lambda w: _db(np.nanmean(_ratio(w @ total_UG, w @ count_UG), axis=1))
+    if name == "cells_db":
+        return lambda w: np.nanmean(_db(_ratio(w @ total_UG, w @ count_UG)), axis=1)
     big = count_UG.sum(0) >= min(MIN_CELL_SAMPLES, count_UG.sum(0).max())
     total_UG, count_UG = total_UG[:, big], count_UG[:, big]
     worst = np.fmin if higher_is_better else np.fmax  # a cell that a resample misses has no say in it
     return lambda w: worst.reduce(_ratio(w @ total_UG, w @ count_UG), axis=1)
+
+
+def _db(value: np.ndarray) -> np.ndarray:
+    """Decibels of a power ratio; nothing (NaN) where it is not positive."""
+    return 10.0 * np.log10(np.where(value > 0, value, np.nan))
+
+
+_AFTER_MEAN: dict[str, Callable[[np.ndarray, str | None], np.ndarray]] = {
+    "mean": lambda mean, _: mean,
+    "db": lambda mean, _: _db(mean),
+    "off_by": lambda mean, wanted: np.abs(mean - float(wanted or 0.0)),
+}
 
 
 def _quantile(value: np.ndarray, n: np.ndarray, unit: np.ndarray, q: float) -> Statistic:
@@ -209,10 +229,14 @@ def _quantile(value: np.ndarray, n: np.ndarray, unit: np.ndarray, q: float) -> S
 def _cell_groups(rows: pd.DataFrame, part: str | None) -> np.ndarray:
     cells = rows["cell"].astype(str)
     if part is not None:
-        names = {c: parse_cell(c).get(part) for c in cells.unique()}
-        if None in names.values():
-            raise RankdError(f"worst_cell({part}): the cells have no part '{part}'; they look like {cells.iloc[0]!r}.")
-        return pd.factorize(np.array([names[c] for c in cells]), sort=True)[0]
+        wanted = [key.strip() for key in part.split(",")]
+        names = {c: tuple(parse_cell(c).get(key) for key in wanted) for c in cells.unique()}
+        absent = [key for i, key in enumerate(wanted) if any(values[i] is None for values in names.values())]
+        if absent:
+            raise RankdError(
+                f"aggregate over cells ({part}): the cells have no part '{absent[0]}'; they look like {cells.iloc[0]!r}."
+            )
+        return pd.factorize(np.array(["|".join(map(str, names[c])) for c in cells]), sort=True)[0]
     return pd.factorize(cells.to_numpy(), sort=True)[0]
 
 
@@ -231,6 +255,6 @@ def _interval(value: float, draws: np.ndarray, name: str, is_difference: bool, n
     if n_units < 2 or not len(draws) or len(good) < 0.95 * len(draws):
         return None
     lo, hi = np.quantile(good, [0.025, 0.975])
-    bias = float(good.mean()) - value if name in ("ece", "worst_cell") else 0.0
+    bias = float(good.mean()) - value if name in ("ece", "off_by", "worst_cell") else 0.0
     lo, hi = float(lo - bias), float(hi - bias)
-    return (max(lo, 0.0) if name == "ece" and not is_difference else lo), hi
+    return (max(lo, 0.0) if name in ("ece", "off_by") and not is_difference else lo), hi

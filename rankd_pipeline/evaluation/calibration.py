@@ -103,6 +103,27 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(np.exp(found.x))
 
 
+def fit_event_temperature(logits: np.ndarray, probability: np.ndarray) -> float:
+    """The T > 0 that minimises the binary cross-entropy of sigmoid(logits / T) to event probabilities; fit it on validation.
+
+    One temperature for all events, as in temperature scaling (Guo et al. 2017). ``logits``, ``probability`` (0 to 1) [n, ...].
+    """
+    x, p = np.asarray(logits, np.float64).ravel(), np.asarray(probability, np.float64).ravel()
+    if x.shape != p.shape or not len(x):
+        raise RankdError(
+            f"Temperature: logits {np.shape(logits)}, probabilities {np.shape(probability)}; expected the same, n > 0."
+        )
+    if not np.isfinite(x).all():
+        raise RankdError("Temperature: the logits hold NaN or infinity; the model diverged, train it again.")
+
+    def nll(log_t: float) -> float:
+        scaled = np.exp(-log_t) * x
+        return float(np.mean(np.logaddexp(0.0, scaled) - p * scaled))
+
+    found = minimize_scalar(nll, bounds=(np.log(0.05), np.log(20.0)), method="bounded", options={"xatol": 1e-6})
+    return float(np.exp(found.x))
+
+
 def conformal_radius(residual: np.ndarray, coverage: float = 0.9) -> float:
     """Half width of a split-conformal interval: prediction ± radius holds y with at least ``coverage``.
 

@@ -30,22 +30,26 @@ if TYPE_CHECKING:
 Verdict = Literal["pass", "fail", "inconclusive"]
 Comparator = Literal[">=", "<=", "<", ">"]
 BEST_BASELINE = "best_baseline"  # as a term's model: the best of the given baselines on that split
-_AGGREGATE = re.compile(r"(?P<name>mean|ece|worst_cell|quantile)(?:\((?P<argument>[^()]+)\))?")
+_AGGREGATE = re.compile(r"(?P<name>mean|db|db_of_cells|cells_db|ece|off_by|worst_cell|quantile)(?:\((?P<argument>[^()]+)\))?")
+_BY_CELL = ("worst_cell", "db_of_cells", "cells_db")
 
 
 def parse_aggregate(text: str) -> tuple[str, str | None]:
     """Split ``"quantile(0.95)"`` into name and argument; RankdError says what is allowed."""
     match = _AGGREGATE.fullmatch(text.strip())
     name, argument = (match["name"], match["argument"]) if match else (None, None)
-    if name == "quantile":
+    if name in ("quantile", "off_by"):
         try:
             ok = argument is not None and 0.0 < float(argument) < 1.0
         except ValueError:
             ok = False
     else:
-        ok = name == "worst_cell" or (name is not None and argument is None)
+        ok = name in _BY_CELL or (name is not None and argument is None)
     if not ok or name is None:
-        raise RankdError(f"Aggregate {text!r} is unknown; expected mean, ece, worst_cell, worst_cell(<part>) or quantile(<0..1>).")
+        raise RankdError(
+            f"Aggregate {text!r} is unknown; expected mean, db, ece, worst_cell, cells_db or db_of_cells (these three also with "
+            "(<part>,...)), quantile(<0..1>) or off_by(<0..1>)."
+        )
     return name, argument
 
 

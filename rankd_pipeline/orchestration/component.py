@@ -33,6 +33,7 @@ class RanFunctionComponent(dg.Component, dg.Model, dg.Resolvable):
     scales: dict[str, Any] = {}
     variants: dict[str, Any] = {}
     gates: dict[str, Any] = {}
+    targets: list[dict[str, Any]] = []
     schedule: dict[str, Any] = {}
 
     def config(self) -> PipelineConfig:

@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 
 Arrays = Mapping[str, np.ndarray]
 Predictor = Callable[[Arrays], np.ndarray]
-"""features -> scores [n, C] (any scale; larger is better), or calibrated outputs where the caller says so."""
+"""features -> scores [n, C] (any scale; larger is better), or the head's `predictive` outputs where the caller says so.
+
+A function that is judged in closed loop may return an object from `network_predictor` that can also be stepped."""
+Run = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
+"""A deployed model (an ONNX session, a bundle): tensors of its signature in, named outputs out, batch first."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class Metric:
     higher_is_better: bool
     is_rate: bool
     """True for a share of samples: only then a ratio student / teacher (retention) makes sense."""
+    aggregate: str = "mean"
+    """How rows of the evaluation table become the score (see evaluation/bootstrap.py), e.g. `cells_db(snr)`."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,10 @@ class RanFunction(ABC):
     # -- labels ---------------------------------------------------------------------------------------------------
     @abstractmethod
     def delivered_labels(self, truth: "pa.Table") -> "pa.Table":
-        """(sample_id, label): what the field delivers for labelled samples, e.g. a measured full sweep."""
+        """(sample_id, label): what the field delivers for labelled samples, e.g. a measured full sweep.
+
+        A label is a class, or a fixed-shape tensor of real numbers (a channel, the BLER of each MCS).
+        """
 
     @abstractmethod
     def oracle_labels(self, truth: "pa.Table", softness: float = 0.0) -> "pa.Table":
@@ -152,6 +161,17 @@ class RanFunction(ABC):
     def deployable(self, module: "torch.nn.Module", calibration: Mapping[str, float]) -> "torch.nn.Module":
         """The graph that is exported: reports as the standard delivers them in, calibrated outputs out."""
 
+    def network_predictor(self, module: "torch.nn.Module", calibration: Mapping[str, float]) -> Predictor:
+        """A network with its calibration, as a predictor over feature columns."""
+        from rankd_pipeline.distillation.heads import outputs_of
+
+        head = self.head()
+        return lambda features: head.predictive(outputs_of(module, self.model_inputs(features)), calibration)
+
+    def deployed_predictor(self, run: Run, signature: ModelSignature) -> Predictor:
+        """The very file (on onnxruntime, or as its bundle), as a predictor over feature columns."""
+        return lambda features: run(self.model_inputs(features))[signature.decision.name]
+
     # -- judgement ------------------------------------------------------------------------------------------------
     @abstractmethod
     def baselines(self, cfg: Any) -> tuple[Baseline, ...]:
@@ -168,8 +188,9 @@ class RanFunction(ABC):
     ) -> "pd.DataFrame":
         """The long table (model, split, unit, cell, metric, value, n) of all models on one split.
 
-        calibrated names the models whose outputs are probabilities (they get calibration rows). A function that is
-        judged in closed loop rolls out here instead of predicting sample by sample.
+        calibrated names the models whose outputs are the head's `predictive` ones: probabilities, or estimates with
+        intervals (they get calibration rows: `ece_bin_*`, or `covered`). A function that is judged in closed loop rolls
+        out here instead of predicting sample by sample.
         """
 
     def latency_cases(self, inputs: Arrays) -> dict[str, dict[str, np.ndarray]]:

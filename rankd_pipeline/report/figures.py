@@ -121,7 +121,7 @@ def scores_by_split(table: pd.DataFrame, metric: "Metric", models: Sequence[str]
     """The headline metric of each model on each split, with 95 % intervals by drop."""
     marked = table.assign(cell="split=" + table["split"].astype(str))
     frame = pd.concat([slices(select(marked, split=s), by="split", metric=metric.name, models=models, splits=[s],
-                              higher_is_better=metric.higher_is_better) for s in splits])  # fmt: skip
+                              aggregate=metric.aggregate, higher_is_better=metric.higher_is_better) for s in splits])  # fmt: skip
     return _points(frame.loc[:, ~frame.columns.duplicated()], "split", metric, models, list(splits))
 
 

@@ -63,17 +63,21 @@ RATE_UNITS = ("share", "fraction", "rate", "probability", "1", "")
 
 
 class Target(BaseModel):
-    """A number that a run is held against beside its gates: ``value`` (a dotted path into the scorecard), divided by ``over``.
+    """A number that a run is held against beside its gates: ``value`` (a dotted path into the scorecard), less ``minus``,
+    divided by ``over``.
 
-    ``aim`` is the stronger figure to strive for; missing it is said, too. ``proof`` is the path of a verdict: a target
-    whose verdict is inconclusive is not met, whatever its number.
+    ``rates`` says that it only applies where the headline metric is a rate. ``aim`` is the stronger figure to strive for;
+    missing it is said, too. ``proof`` is the path of a verdict: a target whose verdict is inconclusive is not met,
+    whatever its number.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     value: str
+    minus: str | None = None
     over: str | None = None
+    rates: bool = False
     proof: str | None = None
     comparator: Comparator
     threshold: float
@@ -82,11 +86,13 @@ class Target(BaseModel):
 
 
 TARGETS: tuple[Target, ...] = (
-    Target(name="student score / teacher score", value="student.retention", comparator=">=", threshold=0.97, aim=0.99),
+    Target(name="student score / teacher score", value="student.retention", comparator=">=", threshold=0.97, aim=0.99,
+           rates=True),
     Target(name="teacher parameters / student parameters", value="teacher.params", over="student.params", comparator=">=",
            threshold=20, aim=100, unit="x"),
     Target(name="distillation gain, one-sided p over seeds", value="student.kd_p", comparator="<", threshold=0.05),
-    Target(name="INT8 score drop", value="quantized.drop", comparator="<=", threshold=0.005, aim=0.002),
+    Target(name="INT8 score drop", value="quantized.drop", comparator="<=", threshold=0.005, aim=0.002,
+           rates=True),
     Target(name="paced p99.9 / budget", value="latency.p999_us", over="latency.budget_us", comparator="<=", threshold=0.2,
            aim=0.03, proof="latency.verdict"),
 )  # fmt: skip
@@ -134,7 +140,7 @@ def scorecard_json(
 
 def check_targets(card: Mapping[str, Any], targets: Sequence[Target] = TARGETS) -> list[TargetResult]:
     """Hold a scorecard against its targets; a value that is null is "not reached", which is no success."""
-    return [_check(card, target) for target in targets]
+    return [_check(card, target) for target in targets if not target.rates or is_rate(card["metric"])]
 
 
 def scorecard_text(
@@ -322,7 +328,8 @@ def _badge(word: str) -> Any:
 
 def _check(card: Mapping[str, Any], target: Target) -> TargetResult:
     value, over = _number(card, target.value), 1.0 if target.over is None else _number(card, target.over)
-    ratio = value / over if value is not None and over else None
+    less = 0.0 if target.minus is None else _number(card, target.minus)
+    ratio = (value - less) / over if value is not None and less is not None and over else None
     verdict: Literal["met", "MISS", "INCONCLUSIVE", "not reached"] = "not reached"
     aim_met = None
     if ratio is not None and target.proof is not None and _at(card, target.proof) == "inconclusive":
@@ -331,7 +338,8 @@ def _check(card: Mapping[str, Any], target: Target) -> TargetResult:
         verdict = "met" if judge((ratio, ratio), target.comparator, target.threshold) == "pass" else "MISS"
         if target.aim is not None:
             aim_met = judge((ratio, ratio), target.comparator, target.aim) == "pass"
-    return TargetResult(value=ratio, verdict=verdict, aim_met=aim_met, **target.model_dump(exclude={"value", "over", "proof"}))
+    shown = target.model_dump(include={"name", "comparator", "threshold", "aim", "unit"})
+    return TargetResult(value=ratio, verdict=verdict, aim_met=aim_met, **shown)
 
 
 def _number(card: Mapping[str, Any], path: str) -> float | None:

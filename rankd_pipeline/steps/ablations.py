@@ -106,7 +106,8 @@ def _lay_out(spec: PipelineSpec, corpus: Artifact, folder: Path) -> None:
         table = oracle.filter(known)
         keep = np.isin(ids, table["sample_id"].to_numpy())
         rows = rows_of(table["sample_id"].to_numpy(), ids[keep])
-        labels = {"label": table["label"].to_numpy()[rows].astype(np.int64), "has_label": np.ones(len(rows), np.uint8)}
+        label = column_array(table["label"])[rows]
+        labels = {"label": label.astype(np.int64) if label.ndim == 1 else label, "has_label": np.ones(len(rows), np.uint8)}
         if "target" in table.column_names:
             labels["target"] = column_array(table["target"])[rows]
         drops = features_of(corpus, ["drop_id"], split_is(split))["drop_id"][keep]

@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 
 from rankd_pipeline.distillation.heads import outputs_of
-from rankd_pipeline.evaluation.bootstrap import estimate
 from rankd_pipeline.evaluation.gates import best_baseline, verdict_of
 from rankd_pipeline.evaluation.table import write_table
 from rankd_pipeline.ran_functions.contract import Baseline, Predictor
@@ -21,12 +20,20 @@ from rankd_pipeline.steps.data import (
     split_is,
 )
 from rankd_pipeline.steps.runner import StepContext
-from rankd_pipeline.steps.scoring import evaluate_splits, headline, judge_gates, network_predictor, score_table
+from rankd_pipeline.steps.scoring import (
+    calibration_of,
+    evaluate_splits,
+    headline,
+    judge_gates,
+    network_predictor,
+    score_of,
+    score_table,
+)
 from rankd_pipeline.steps.students import load_student, student_job, write_student_data
 from rankd_pipeline.steps.teacher import load_teacher
 from rankd_pipeline.training.seeds import derive_seed
 
-SCRATCH = "student_scratch"
+SCRATCH, RAW = "student_scratch", "teacher_raw"
 
 
 def calibration_scorecard(ctx: StepContext) -> None:
@@ -40,12 +47,12 @@ def calibration_scorecard(ctx: StepContext) -> None:
     rivals = fitted_baselines(ctx, [item for item in baselines if not item.learned or item.name in ctx.config.learned_baselines])
     models: dict[str, Predictor] = {
         "teacher": network_predictor(ctx, model, calibration),
-        "teacher_raw": network_predictor(ctx, model, {name: 1.0 for name in calibration}),
+        **({} if head.neutral is None else {RAW: network_predictor(ctx, model, head.neutral)}),
         SCRATCH: _scratch_student(ctx),
         **rivals,
     }
     splits = present_splits(corpus)
-    table = evaluate_splits(ctx, corpus, models, splits, ["teacher", "teacher_raw"], baselines)
+    table = evaluate_splits(ctx, corpus, models, splits, ["teacher", RAW, SCRATCH], baselines)
     write_table(table, ctx.out / "evaluation.parquet")
     ctx.write_json("scores.json", score_table(ctx, table, list(models), splits))
     plain = [item.name for item in baselines if not item.learned and item.gate]
@@ -109,9 +116,11 @@ def _summary(
     """The `teacher` part of the report. references spend more measurements than the teacher: printed, not to be beaten."""
     metric = ctx.function.metric
     score = headline(ctx, table, "teacher")
-    name, value = best_baseline(table, "test", plain, metric=metric.name, higher_is_better=metric.higher_is_better)
+    name, value = best_baseline(
+        table, "test", plain, metric=metric.name, higher_is_better=metric.higher_is_better, aggregate=metric.aggregate
+    )  # fmt: skip
     sign = 1.0 if metric.higher_is_better else -1.0
-    rivals = {model: headline(ctx, table, model).value for model in models if model not in ("teacher", "teacher_raw")}
+    rivals = {model: headline(ctx, table, model).value for model in models if model not in ("teacher", RAW)}
     better = sorted(model for model, other in rivals.items() if sign * (score.value - other) <= 0)
     reference = ctx.function.gap_baseline
 
@@ -119,9 +128,8 @@ def _summary(
         if split not in splits:
             return None
         terms = ["teacher@test", f"{reference}@{split}"], [f"{reference}@test", f"teacher@{split}"]
-        return sign * estimate(table, *terms, metric=metric.name, higher_is_better=metric.higher_is_better, resamples=0).value
+        return sign * score_of(table, terms[0], metric, terms[1])
 
-    kind = ctx.function.head().calibration_metric
     return {
         "params": ctx.inputs["teacher"].metrics["params"],
         "score": score.value,
@@ -132,9 +140,9 @@ def _summary(
         "nothing_to_teach": any(model not in references for model in better),
         "better_references": [model for model in better if model in references],
         "calibration": {
-            "metric": kind,
-            "value": estimate(table, "teacher@test", metric=kind, aggregate=kind, resamples=0).value,
-            "raw": estimate(table, "teacher_raw@test", metric=kind, aggregate=kind, resamples=0).value,
+            "metric": ctx.function.head().calibration_metric,
+            "value": calibration_of(ctx, table, "teacher@test"),
+            "raw": calibration_of(ctx, table, f"{RAW}@test") if RAW in models else None,
         },
         "gap_site": gap("heldout_site"),
         "gap_band": gap("heldout_band"),
@@ -145,9 +153,7 @@ def _draw(ctx: StepContext, table: pd.DataFrame, models: dict[str, Predictor], s
     folder = ctx.out / "figures"
     folder.mkdir(exist_ok=True)
     features, truth = evaluation_data(ctx.function, ctx.inputs["corpus"], "test")
-    for name, picture in figures.scorecard_figures(
-        ctx.function, table, splits, [name for name in models if name != "teacher_raw"]
-    ).items():
+    for name, picture in figures.scorecard_figures(ctx.function, table, splits, [name for name in models if name != RAW]).items():
         (folder / f"{name}.png").write_bytes(picture)
     for name, picture in ctx.function.figures(models, features, truth):
         (folder / f"{name}.png").write_bytes(picture)

@@ -35,23 +35,29 @@ def inputs_of_rows(
 
 
 def labels_for(labels: Artifact, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(label [n], has_label [n] bool) of `ids`; rows without a label hold 0."""
+    """(label [n] or [n, ...], has_label [n] bool) of `ids`; rows without a label hold 0."""
     columns = label_columns(labels, ids)
     return columns["label"], columns["has_label"].astype(bool)
 
 
 def label_columns(labels: Artifact, ids: np.ndarray) -> dict[str, np.ndarray]:
-    """What a training batch knows of the labels of `ids`: label, has_label, and target [n, C] where labels are soft."""
+    """What a training batch knows of the labels of `ids`: label, has_label, and target [n, C] where class labels are soft."""
     soft = ["target"] if labels.metrics["softness"] > 0 else []
     table = read_columns(labels.file("labels"), ["sample_id", "label", *soft])
     order = np.argsort(table["sample_id"], kind="stable")
-    sorted_ids, sorted_labels = table["sample_id"][order], table["label"][order]
+    sorted_ids = table["sample_id"][order]
     at = np.minimum(np.searchsorted(sorted_ids, ids), max(len(sorted_ids) - 1, 0))
     has = sorted_ids[at] == ids if len(sorted_ids) else np.zeros(len(ids), bool)
-    label = np.where(has, sorted_labels[at] if len(sorted_ids) else 0, 0).astype(np.int64)
-    columns = {"label": label, "has_label": has.astype(np.uint8)}
+
+    def taken(values: np.ndarray, dtype: type) -> np.ndarray:
+        found = values[order][at] if len(sorted_ids) else np.zeros((len(ids), *values.shape[1:]))
+        found[~has] = 0
+        return found.astype(dtype, copy=False)
+
+    is_class = table["label"].ndim == 1
+    columns = {"label": taken(table["label"], np.int64 if is_class else np.float32), "has_label": has.astype(np.uint8)}
     if soft:
-        columns["target"] = np.where(has[:, None], table["target"][order][at], 0).astype(np.float16)
+        columns["target"] = taken(table["target"], np.float16)
     return columns
 
 

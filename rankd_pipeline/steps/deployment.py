@@ -46,10 +46,10 @@ def deployment(ctx: StepContext) -> None:
 
 def _judge(ctx: StepContext, predictor: Any) -> None:
     """Score the bundle as shipped, on the test splits, against the classical methods."""
-    corpus, name = ctx.inputs["corpus"], predictor.signature.decision.name
+    corpus = ctx.inputs["corpus"]
     baselines = [item for item in ctx.function.baselines(ctx.corpus_config) if not item.learned]
     models: dict[str, Predictor] = {
-        SHIPPED: lambda features: predictor(ctx.function.model_inputs(features))[name],
+        SHIPPED: ctx.function.deployed_predictor(predictor, predictor.signature),
         **fitted_baselines(ctx, baselines),
     }
     splits = present_splits(corpus)
@@ -92,5 +92,5 @@ def _card(ctx: StepContext, digest: str, metadata: dict[str, str]) -> str:
     return render_model_card(
         summary.scorecard, {name: str(value) for name, value in about.items() if np.isscalar(value)},
         signature.model_dump(mode="json"), {"Python": python_caller(signature)}, figures_of(ctx.inputs), tables,
-        [*summary.notes, *about["stamps"]], summary.gates,
+        [*summary.notes, *about["stamps"]], summary.gates, summary.targets,
     )  # fmt: skip

@@ -24,9 +24,7 @@ def oracle_labels(ctx: StepContext) -> None:
             "oracle_labels: not one sample has a label; give the corpus a label column, a larger labelled_share, or an expert "
             "CSV (steps.oracle_labels.annotations)."
         )
-    columns = {name: pa.array(values) for name, values in chosen.items() if name != "target"}
-    if "target" in chosen:
-        columns["target"] = tensor_array(chosen["target"])
+    columns = {name: tensor_array(values) if values.ndim > 1 else pa.array(values) for name, values in chosen.items()}
     write_parquet(pa.table(columns), ctx.out / "labels" / "part-00000.parquet")
     names, counts = np.unique(chosen["provenance"], return_counts=True)
     ctx.metrics.update(
@@ -52,9 +50,10 @@ def merge(sources: dict[str, dict[str, np.ndarray]], precedence: tuple[str, ...]
         taken = np.concatenate([taken, ids[-1]])
     all_ids = np.concatenate(ids) if ids else taken
     order = np.argsort(all_ids, kind="stable")
+    label = np.concatenate(labels)[order] if labels else np.zeros(0, np.int32)
     merged = {
         "sample_id": all_ids[order],
-        "label": np.concatenate(labels)[order].astype(np.int32) if labels else np.zeros(0, np.int32),
+        "label": label.astype(np.int32 if label.ndim == 1 else np.float32),
         "provenance": np.concatenate(provenance)[order].astype(str) if provenance else np.zeros(0, str),
     }
     soft = next((source for source in sources.values() if "target" in source), None)
@@ -72,9 +71,18 @@ def _targets(merged: dict[str, np.ndarray], soft: dict[str, np.ndarray]) -> np.n
 
 
 def disagreement(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float | None:
-    """Share of the samples labelled by both on which they differ; None if there is none."""
+    """How far the two labellings are apart where both label a sample; None if there is none.
+
+    Of classes the share on which they differ; of tensors the mean squared difference over the mean square of `other`.
+    """
     both, at_one, at_other = np.intersect1d(one["sample_id"], other["sample_id"], return_indices=True)
-    return float(np.mean(one["label"][at_one] != other["label"][at_other])) if len(both) else None
+    if not len(both):
+        return None
+    mine, theirs = one["label"][at_one], other["label"][at_other]
+    if mine.ndim == 1:
+        return float(np.mean(mine != theirs))
+    power = float(np.mean(theirs.astype(np.float64) ** 2))
+    return float(np.mean((mine.astype(np.float64) - theirs) ** 2)) / power if power else None
 
 
 def _sweep(corpus) -> dict[str, np.ndarray]:
@@ -96,9 +104,15 @@ def _oracle(ctx: StepContext, labelled: np.ndarray) -> dict[str, np.ndarray]:
 def _expert(ctx: StepContext, corpus) -> dict[str, np.ndarray]:
     from rankd_pipeline.ingest.annotations import read_annotations
 
+    classes = ctx.function.schema(ctx.corpus_config).label.classes
+    if not classes:
+        raise RankdError(
+            f"steps.oracle_labels.annotations: {ctx.spec.function} has no classes for a label, which is all that a CSV of "
+            "annotations can hold; take the key out."
+        )
     path = inside(ctx.home, ctx.config.annotations, "steps.oracle_labels.annotations")
     known = read_columns(corpus.file(FEATURES), ["sample_id"])["sample_id"]
-    good, rejected = read_annotations(path, ctx.function.schema(ctx.corpus_config).label.classes, known)
+    good, rejected = read_annotations(path, classes, known)
     rows = [{"row": number, "reason": reason} for number, reason in rejected]
     ctx.write_json("rejected_annotations.json", rows)
     ctx.observed["rejected_annotations"] = rows

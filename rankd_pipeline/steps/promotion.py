@@ -49,7 +49,8 @@ def _better(spec: PipelineSpec, challenger: Artifact, champion: Entry, store: St
         tables.append(table[table["model"] == SHIPPED].assign(model=name))
     sign = 1.0 if metric.higher_is_better else -1.0
     gain = estimate(
-        concat_tables(tables), "challenger@test", ["champion@test"], metric=metric.name, higher_is_better=metric.higher_is_better
+        concat_tables(tables), "challenger@test", ["champion@test"], metric=metric.name, aggregate=metric.aggregate,
+        higher_is_better=metric.higher_is_better,
     )  # fmt: skip
     low, high = sorted(sign * value for value in gain.ci95) if gain.ci95 else (float("-inf"), float("inf"))
     text = f"{metric.name} {sign * gain.value:+.4f} (95 % {low:+.4f} to {high:+.4f}) against champion v{champion.version}"

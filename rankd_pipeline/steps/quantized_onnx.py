@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from rankd_pipeline.compression.quantization import quantize_int8
-from rankd_pipeline.evaluation.bootstrap import estimate
 from rankd_pipeline.evaluation.gates import verdict_of
 from rankd_pipeline.evaluation.table import concat_tables, write_table
 from rankd_pipeline.ran_functions.contract import Predictor
@@ -17,7 +16,7 @@ from rankd_pipeline.runtime.onnx_export import export_onnx, load_session, run_ba
 from rankd_pipeline.runtime.signature import ModelSignature
 from rankd_pipeline.steps.data import inputs_of_rows, present_splits, split_is
 from rankd_pipeline.steps.runner import StepContext
-from rankd_pipeline.steps.scoring import evaluate_splits, judge_gates, network_predictor, score_table
+from rankd_pipeline.steps.scoring import evaluate_splits, judge_gates, network_predictor, score_of, score_table
 from rankd_pipeline.steps.teacher import WEIGHTS
 from rankd_pipeline.training.weights import load_weights
 
@@ -51,7 +50,7 @@ def quantized_onnx(ctx: StepContext) -> None:
     gates = judge_gates(ctx, ctx.spec.gates.quantized_onnx, table, [], ctx.spec.steps.calibration_scorecard.resamples)
     broken = [name for name, check in checks.items() if not check["ok"]]
     metric = ctx.function.metric
-    scores = {name: estimate(table, f"{name}@test", metric=metric.name, resamples=0).value for name in ("fp32", "int8")}
+    scores = {name: score_of(table, f"{name}@test", metric) for name in ("fp32", "int8")}
     sign = 1.0 if metric.higher_is_better else -1.0
     ctx.metrics.update(
         score=scores["int8"], drop=sign * (scores["fp32"] - scores["int8"]), bytes_fp32=fp32.stat().st_size,
@@ -85,8 +84,8 @@ def lineage_of(ctx: StepContext) -> dict[str, str]:
 
 def onnx_predictor(ctx: StepContext, path: Path, signature: ModelSignature) -> Predictor:
     """The very file, on onnxruntime, as a predictor over feature columns."""
-    session, name = load_session(path), signature.decision.name
-    return lambda features: run_batches(session, ctx.function.model_inputs(features))[name]
+    session = load_session(path)
+    return ctx.function.deployed_predictor(lambda inputs: run_batches(session, inputs), signature)
 
 
 def _calibration_batches(ctx: StepContext, batch: int = 64) -> Iterator[dict[str, np.ndarray]]:
@@ -112,9 +111,11 @@ def _parity(ctx: StepContext, deployable: Any, signature: ModelSignature) -> dic
             continue
         library = c_export.build_shared(source, ctx.scratch / "lib")
         found[key] = parity.parity(reference, c_export.CModel(library, signature), inputs)
+    # Classes are decided by their order; other heads by the values themselves.
+    agreement = "argmax_agreement" if ctx.function.head().kind == "classification" else "close_agreement"
     holds = {
         "torch_onnx_fp32": lambda check: check.max_abs <= parity.ONNX_MAX_ABS,
         "c_onnx_fp32": lambda check: check.max_abs <= parity.C_MAX_ABS,
-        "c_onnx_int8": lambda check: check.argmax_agreement >= parity.INT8_AGREEMENT,
+        "c_onnx_int8": lambda check: getattr(check, agreement) >= parity.INT8_AGREEMENT,
     }
     return {**{key: {**check.model_dump(), "ok": holds[key](check)} for key, check in found.items()}, **not_built}

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from rankd_pipeline.distillation.heads import Calibration, outputs_of
+from rankd_pipeline.distillation.heads import Calibration
 from rankd_pipeline.evaluation.bootstrap import Estimate, estimate
 from rankd_pipeline.evaluation.gates import Gate, GateResult, evaluate_gate, split_term
 from rankd_pipeline.evaluation.table import concat_tables
@@ -20,8 +20,7 @@ from rankd_pipeline.training.seeds import derive_seed
 
 def network_predictor(ctx: StepContext, module: torch.nn.Module, calibration: Calibration) -> Predictor:
     """A network with its calibration, as a predictor over feature columns."""
-    head = ctx.function.head()
-    return lambda features: head.predictive(outputs_of(module, ctx.function.model_inputs(features)), calibration)
+    return ctx.function.network_predictor(module, calibration)
 
 
 def with_own_measurements(baselines: Sequence[Baseline], features: Arrays, truth: Arrays) -> dict[str, np.ndarray]:
@@ -74,9 +73,22 @@ def headline(ctx: StepContext, table: pd.DataFrame, model: str, split: str = "te
     """The (headline) metric of a model on a split, with its interval."""
     chosen = metric or ctx.function.metric
     return estimate(
-        table, f"{model}@{split}", metric=chosen.name, higher_is_better=chosen.higher_is_better,
+        table, f"{model}@{split}", metric=chosen.name, aggregate=chosen.aggregate, higher_is_better=chosen.higher_is_better,
         seed=derive_seed(ctx.spec.seed, "headline") % 2**32,
     )  # fmt: skip
+
+
+def score_of(table: pd.DataFrame, plus: Sequence[str] | str, metric: Metric, minus: Sequence[str] = ()) -> float:
+    """The metric of one term, or of terms added and subtracted, without an interval."""
+    return estimate(
+        table, plus, minus, metric=metric.name, aggregate=metric.aggregate, higher_is_better=metric.higher_is_better, resamples=0
+    ).value
+
+
+def calibration_of(ctx: StepContext, table: pd.DataFrame, term: str) -> float:
+    """The head's calibration figure (ECE, coverage error) of a term."""
+    head = ctx.function.head()
+    return estimate(table, term, metric=head.calibration_rows, aggregate=head.calibration_aggregate, resamples=0).value
 
 
 def score_table(ctx: StepContext, table: pd.DataFrame, models: Sequence[str], splits: Sequence[str]) -> list[dict[str, Any]]:
@@ -85,8 +97,6 @@ def score_table(ctx: StepContext, table: pd.DataFrame, models: Sequence[str], sp
     for model in models:
         for split in splits:
             for metric in (ctx.function.metric, *ctx.function.secondary_metrics):
-                value = estimate(
-                    table, f"{model}@{split}", metric=metric.name, higher_is_better=metric.higher_is_better, resamples=0
-                ).value
+                value = score_of(table, f"{model}@{split}", metric)
                 rows.append({"model": model, "split": split, "metric": metric.name, "unit": metric.unit, "value": value})
     return rows

@@ -1,6 +1,5 @@
 """Step 7: the calibrated teacher over the full corpus, unlabelled samples included; stored, so that it runs once."""
 
-import numpy as np
 import pyarrow as pa
 
 from rankd_pipeline.distillation.heads import outputs_of
@@ -13,7 +12,7 @@ SOFT = "soft_labels"
 
 
 def soft_labels(ctx: StepContext) -> None:
-    """Write `soft_labels/part-*.parquet` (sample_id, teacher [K] float16: calibrated outputs before the softmax).
+    """Write `soft_labels/part-*.parquet` (sample_id, teacher [...] float16: what the head stores of the calibrated outputs).
 
     float16 halves the largest table of the chain; its rounding (2^-11 relative) is far below the label noise.
     """
@@ -24,9 +23,7 @@ def soft_labels(ctx: StepContext) -> None:
     for index, table in enumerate(iter_tables(corpus.file(FEATURES), ["sample_id", *ctx.function.feature_columns])):
         features = {name: column_array(table[name]) for name in table.column_names}
         outputs = outputs_of(model, ctx.function.model_inputs(features), ctx.config.batch)
-        # Centred, so that the largest magnitudes stay well inside float16.
-        centred = outputs - outputs.mean(axis=1, keepdims=True)
-        soft = head.calibrated(centred, calibration).astype(np.float16)
+        soft = head.stored(outputs, calibration)
         write_parquet(
             pa.table({"sample_id": table["sample_id"].combine_chunks(), "teacher": tensor_array(soft)}),
             ctx.out / SOFT / f"part-{index:05d}.parquet",

@@ -5,16 +5,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from rankd_pipeline.distillation.heads import ARMS, outputs_of, parameter_count
+from rankd_pipeline.distillation.heads import outputs_of, parameter_count
 from rankd_pipeline.errors import RankdError
-from rankd_pipeline.evaluation.bootstrap import estimate
 from rankd_pipeline.evaluation.paired import PairedGain, paired_gain
 from rankd_pipeline.evaluation.table import write_table
 from rankd_pipeline.report import figures
 from rankd_pipeline.spec import validated
 from rankd_pipeline.steps.data import inputs_of_rows, label_columns, labelled_inputs, present_splits, split_is
 from rankd_pipeline.steps.runner import StepContext
-from rankd_pipeline.steps.scoring import evaluate_splits, headline, network_predictor, score_table
+from rankd_pipeline.steps.scoring import calibration_of, evaluate_splits, headline, network_predictor, score_table
 from rankd_pipeline.steps.soft_labels import SOFT
 from rankd_pipeline.steps.students import load_student, student_job, write_student_data
 from rankd_pipeline.steps.teacher import WEIGHTS
@@ -29,11 +28,13 @@ def student(ctx: StepContext) -> None:
     """Write the deployed student's `weights.safetensors`, `comparison.json`, `evaluation.parquet` and figures."""
     validated(FitConfig, ctx.config.fit, f"pipeline {ctx.spec.pipeline}, steps.student.fit")
     _lay_out(ctx)
-    sweep = _train(ctx, [_job(ctx, "distilled", T, 0) for T in ctx.config.temperatures], "temperature sweep")
+    head = ctx.function.head()
+    temperatures = ctx.config.temperatures if head.tempered else (1.0,)
+    sweep = _train(ctx, [_job(ctx, "distilled", T, 0) for T in temperatures], "temperature sweep")
     temperature = max(sweep, key=lambda job: job["validation_score"])["temperature"]
-    paired = [_job(ctx, arm, temperature, seed) for seed in range(1, ctx.config.paired_seeds + 1) for arm in ARMS]
+    paired = [_job(ctx, arm, temperature, seed) for seed in range(1, ctx.config.paired_seeds + 1) for arm in head.arms]
     trained = _train(ctx, paired, "paired seeds")
-    by_arm = {arm: [job for job in trained if job["arm"] == arm] for arm in ARMS}
+    by_arm = {arm: [job for job in trained if job["arm"] == arm] for arm in head.arms}
     mean_validation = {arm: float(np.mean([job["validation_score"] for job in by_arm[arm]])) for arm in ("distilled", "scratch")}
     winner = max(mean_validation, key=lambda arm: mean_validation[arm])
     chosen = max(by_arm[winner], key=lambda job: job["validation_score"])
@@ -99,18 +100,21 @@ def _publish(ctx: StepContext, chosen: dict[str, Any], by_arm: dict[str, list[di
     model = load_student(ctx.function, chosen)
     calibration = head.fit_calibration(outputs_of(model, val), val_label)
     save_weights(model, ctx.out / WEIGHTS)
-    neutral = {name: 1.0 for name in calibration}
+    # Calibration changes no decision and no estimate, so the seeds are scored with that of the one that is deployed.
     seeds = {
-        job["name"]: network_predictor(ctx, load_student(ctx.function, job), neutral) for jobs in by_arm.values() for job in jobs
+        job["name"]: network_predictor(ctx, load_student(ctx.function, job), calibration)
+        for jobs in by_arm.values()
+        for job in jobs
     }
     splits = present_splits(corpus)
     deployed = evaluate_splits(ctx, corpus, {"student": network_predictor(ctx, model, calibration)}, splits, ["student"])
     write_table(deployed, ctx.out / "evaluation.parquet")
-    table = evaluate_splits(ctx, corpus, seeds, ["test"], [])
+    table = evaluate_splits(ctx, corpus, seeds, ["test"], list(seeds))
     metric = ctx.function.metric
     sign = 1.0 if metric.higher_is_better else -1.0
     scores = {arm: [sign * headline(ctx, table, job["name"]).value for job in jobs] for arm, jobs in by_arm.items()}
-    kd, dark = paired_gain(scores["distilled"], scores["scratch"]), paired_gain(scores["distilled"], scores["hard"])
+    kd = paired_gain(scores["distilled"], scores["scratch"])
+    dark = paired_gain(scores["distilled"], scores["hard"]) if "hard" in scores else None
     ctx.write_json("scores.json", score_table(ctx, deployed, ["student"], splits))
     ctx.metrics.update(_summary(ctx, deployed, parameter_count(model), sign * float(np.mean(scores["scratch"])), kd, dark))
     ctx.metrics.update(calibration_parameters=calibration, seed_scores={arm: [sign * s for s in scores[arm]] for arm in scores})
@@ -121,14 +125,13 @@ def _publish(ctx: StepContext, chosen: dict[str, Any], by_arm: dict[str, list[di
 
 
 def _summary(
-    ctx: StepContext, table: pd.DataFrame, params: int, scratch: float, kd: PairedGain, dark: PairedGain
+    ctx: StepContext, table: pd.DataFrame, params: int, scratch: float, kd: PairedGain, dark: PairedGain | None
 ) -> dict[str, Any]:
     """The `student` part of the report."""
     metric, teacher = ctx.function.metric, ctx.inputs["calibration_scorecard"].metrics
     score = headline(ctx, table, "student")
     base = teacher["baseline"]["score"]
     gained = teacher["score"] - base
-    kind = ctx.function.head().calibration_metric
     return {
         "params": params,
         "score": score.value,
@@ -139,8 +142,8 @@ def _summary(
         "kd_gain": kd.mean,
         "kd_gain_ci95": list(kd.ci95),
         "kd_p": kd.p_one_sided,
-        "dark_gain": dark.mean,
-        "dark_gain_ci95": list(dark.ci95),
+        "dark_gain": None if dark is None else dark.mean,
+        "dark_gain_ci95": None if dark is None else list(dark.ci95),
         "verdict": "KD useful" if kd.useful else "KD not useful",
-        "calibration": {"metric": kind, "value": estimate(table, "student@test", metric=kind, aggregate=kind, resamples=0).value},
+        "calibration": {"metric": ctx.function.head().calibration_metric, "value": calibration_of(ctx, table, "student@test")},
     }

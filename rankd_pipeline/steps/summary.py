@@ -1,7 +1,7 @@
 """One run summed up: the scorecard object, and the page that shows it, from whatever steps have been reached."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import pandas as pd
 from rankd_pipeline.errors import GateStopped
 from rankd_pipeline.ran_functions.registry import load_function
 from rankd_pipeline.report.page import render_report
-from rankd_pipeline.report.scorecard import scorecard_json
+from rankd_pipeline.report.scorecard import Target, scorecard_json
 from rankd_pipeline.spec import PipelineSpec
 from rankd_pipeline.steps.chain import GATED, STEPS
 from rankd_pipeline.steps.runner import recipe_of, require_passed
@@ -26,6 +26,7 @@ class Summary:
     artifacts: Mapping[str, Artifact]
     scorecard: dict[str, Any]
     gates: list[dict[str, Any]]
+    targets: Sequence[Target]
     notes: list[str]
     stopped: str | None
 
@@ -56,7 +57,7 @@ def summarise(spec: PipelineSpec, artifacts: Mapping[str, Artifact], entry: Entr
         {step: artifacts[step].observed.get("seconds") if step in artifacts else None for step in STEPS},
     )
     gates = [gate for step in GATED if step in artifacts for gate in artifacts[step].metrics.get("gates", [])]
-    return Summary(artifacts, scorecard, gates, _notes(spec, artifacts, entry), _stopped(spec, artifacts))
+    return Summary(artifacts, scorecard, gates, spec.targets, _notes(spec, artifacts, entry), _stopped(spec, artifacts))
 
 
 def tables_of(artifacts: Mapping[str, Artifact]) -> dict[str, pd.DataFrame]:
@@ -96,7 +97,8 @@ def figures_of(artifacts: Mapping[str, Artifact]) -> dict[str, bytes]:
 def write_report(summary: Summary, path: Path) -> Path:
     """Write the page of a run; the file appears whole."""
     page = render_report(
-        summary.scorecard, figures_of(summary.artifacts), tables_of(summary.artifacts), summary.notes, summary.gates
+        summary.scorecard, figures_of(summary.artifacts), tables_of(summary.artifacts), summary.notes, summary.gates,
+        summary.targets,
     )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")

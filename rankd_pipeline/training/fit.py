@@ -129,7 +129,7 @@ class _Fit:
 
     def __init__(self, model, train, loss, validate, cfg: FitConfig, seed: int, work: Path) -> None:
         self.model, self.loss, self.validate, self.cfg, self.seed = model, loss, validate, cfg, seed
-        self.columns = {name: _as_tensor(value) for name, value in train.items()}
+        self.columns = {name: as_tensor(value) for name, value in train.items()}
         self.rows = _common_length(self.columns)
         self.steps_per_epoch = max(1, math.ceil(self.rows / cfg.batch_size))
         self.path = work / _CHECKPOINT
@@ -283,7 +283,8 @@ def _finite(record: dict[str, Any], key: str) -> dict[str, Any]:
     return record | {key: math.inf if record[key] is None else record[key]}
 
 
-def _as_tensor(value: np.ndarray | Tensor) -> Tensor:
+def as_tensor(value: np.ndarray | Tensor) -> Tensor:
+    """An array as a tensor over the same memory, without a warning where it is read only."""
     if isinstance(value, Tensor):
         return value
     # A read-only array (Arrow, a memory map) is only ever read here; torch warns because it cannot know.

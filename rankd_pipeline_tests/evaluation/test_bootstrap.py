@@ -156,3 +156,44 @@ def test_ten_thousand_drops_take_about_a_second():
     start = time.process_time()
     estimate(table, ["a@test"], ["b@test"], metric="top1")
     assert time.process_time() - start < 2.0  # about 0.5 s on an idle core
+
+
+def cells_of(values: dict[str, list[float]]) -> pd.DataFrame:
+    return concat_tables([table_of(value, cell=cell, metric="nmse", unit=np.arange(len(value))) for cell, value in values.items()])
+
+
+def test_decibels_come_where_the_aggregate_says():
+    table = cells_of({"set=a|snr=0": [0.1, 0.1], "set=b|snr=0": [0.001] * 6})
+    find = lambda aggregate: estimate(table, "m@test", metric="nmse", aggregate=aggregate, higher_is_better=False).value  # noqa: E731
+    assert find("db") == pytest.approx(10 * np.log10((2 * 0.1 + 6 * 0.001) / 8))
+    assert find("db_of_cells(set)") == pytest.approx(10 * np.log10((0.1 + 0.001) / 2))
+    assert find("cells_db(set)") == pytest.approx((-10 - 30) / 2)
+    assert find("cells_db(set, snr)") == find("cells_db") == find("cells_db(set)")
+    assert find("cells_db(snr)") == find("db")
+    with pytest.raises(RankdError, match="no part 'speed'"):
+        find("db_of_cells(set,speed)")
+
+
+def test_decibel_intervals_cover_the_truth():
+    """The true value is inside in about 95 of 100 studies, for a paired difference too."""
+    rng = np.random.default_rng(5)
+    hits = np.zeros(2)
+    for study in range(120):
+        hard = rng.exponential(1.0, 80)
+        a = table_of(0.02 * hard * rng.uniform(0.5, 1.5, 80), metric="nmse")
+        b = table_of(0.05 * hard * rng.uniform(0.5, 1.5, 80), metric="nmse", model="other")
+        table = concat_tables([a, b])
+        one = estimate(table, "m@test", metric="nmse", aggregate="db", seed=study, resamples=400).ci95
+        gap = estimate(table, "m@test", ["other@test"], metric="nmse", aggregate="db", seed=study, resamples=400).ci95
+        for i, (ci95, true) in enumerate(((one, 10 * np.log10(0.02)), (gap, 10 * np.log10(0.4)))):
+            assert ci95 is not None
+            hits[i] += ci95[0] <= true <= ci95[1]
+    assert (hits >= 105).all() and (hits <= 120).all()
+
+
+def test_off_by_is_the_distance_from_what_was_promised():
+    table = table_of([0.8, 0.9], metric="covered")
+    assert estimate(table, "m@test", metric="covered", aggregate="off_by(0.9)").value == pytest.approx(0.05)
+    many = table_of(np.random.default_rng(0).binomial(100, 0.9, 400) / 100, n=100, metric="covered")
+    ci95 = estimate(many, "m@test", metric="covered", aggregate="off_by(0.9)").ci95
+    assert ci95 is not None and 0.0 <= ci95[0] < ci95[1] < 0.01

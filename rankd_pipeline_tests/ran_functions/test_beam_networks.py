@@ -28,7 +28,7 @@ def transformer(history: int = 1, **options) -> BeamTransformer:
 
 def student(history: int = 1, **options) -> BeamMLP:
     torch.manual_seed(0)
-    return BeamMLP(set_b=16, set_a=64, history=history, **options).eval()
+    return BeamMLP(**{**GRID, "history": history, "hidden": (24, 16), **options}).eval()
 
 
 def reports(n: int = 40, history: int = 1, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,7 +96,7 @@ def test_level_is_kept_apart_from_shape(shift):
     assert torch.allclose((moved_level - level)[1:], torch.full((39, 1), shift) / normalizer.level_std, atol=1e-4)
 
 
-def test_teacher_is_mirror_symmetric_and_turns_with_its_input():
+def test_teacher_is_mirror_symmetric():
     model = transformer()
     dbm, mask = reports()
     model.normalizer.learn(dbm, mask)
@@ -107,12 +107,19 @@ def test_teacher_is_mirror_symmetric_and_turns_with_its_input():
         assert torch.equal(indices[indices], torch.arange(len(indices)))
         assert indices[1] == cols - 1 and indices[0] == 0 and indices[cols // 2] == cols // 2
 
-    # Without place and per-beam statistics the network must turn exactly with its input: one wide beam, two narrow ones.
+
+@pytest.mark.parametrize("history", [1, 3])
+@pytest.mark.parametrize("make", [transformer, student])
+def test_networks_turn_with_their_input(make, history):
+    """Without place and per-beam statistics a network must turn exactly with its input: one wide beam, two narrow ones."""
+    model = make(history=history)
+    dbm, mask = reports(history=history)
+    model.normalizer.learn(dbm, mask)
     with torch.no_grad():
         model.place.zero_()
         model.normalizer.shape_mean.zero_()
         model.normalizer.shape_std.fill_(10.0)
-    turned = model(*(x.reshape(-1, 1, 2, 8).roll(1, 3).flatten(2) for x in (dbm, mask)))
+    turned = model(*(x.reshape(-1, history, 2, 8).roll(1, 3).flatten(2) for x in (dbm, mask)))
     expected = model(dbm, mask).reshape(-1, 4, 16).roll(2, 2).flatten(1)
     assert torch.allclose(turned, expected, atol=1e-5)
 
@@ -127,7 +134,7 @@ def test_training_on_mirror_images_keeps_sample_and_label_together(kind):
         symmetric = lambda x, m: model.mirror.mean(model._logits, x, m)  # noqa: E731
         mirror = model.mirror
     else:
-        small = student(mirror=(2, 8, 4, 16))
+        small = student()
         assert small.mirror is not None
         symmetric = lambda x, m: small.mirror.mean(small._logits, x, m)  # noqa: E731
         mirror = small.mirror
@@ -135,11 +142,16 @@ def test_training_on_mirror_images_keeps_sample_and_label_together(kind):
 
 
 def test_sizes_follow_the_settings():
-    assert sum(p.numel() for p in student().parameters()) == 33 * 32 + 32 + 32 * 32 + 32 + 32 * 64 + 64
+    small = student(hidden=(48, 32))
+    assert sum(p.numel() for p in small.parameters()) == 33 * 48 + 48 + 16 * 48 + 48 * 32 + 32 + 32 * 4 + 4
+    one_beam = BeamMLP(set_b_rows=1, set_b_cols=4, set_a_rows=2, set_a_cols=8, history=3)
+    assert one_beam(torch.zeros(5, 3, 4), torch.ones(5, 3, 4, dtype=torch.uint8)).shape == (5, 16)
     other = BeamTransformer(set_b_rows=1, set_b_cols=4, set_a_rows=2, set_a_cols=8, history=3, width=8, heads=2)
     assert other(torch.zeros(5, 3, 4), torch.ones(5, 3, 4, dtype=torch.uint8)).shape == (5, 16)
     with pytest.raises(RankdError, match="must be multiples"):
         BeamTransformer(set_b_rows=3, set_b_cols=8, set_a_rows=4, set_a_cols=16, history=1)
+    with pytest.raises(RankdError, match="must be multiples"):
+        BeamMLP(set_b_rows=2, set_b_cols=5, set_a_rows=4, set_a_cols=16, history=1)
     with pytest.raises(RankdError, match="multiple of heads"):
         transformer(width=18, heads=4)
 
@@ -174,7 +186,7 @@ def test_both_networks_find_the_beam_of_a_single_path(tmp_path):
     probe = torch.from_numpy(test_dbm), torch.from_numpy(ones[:1000])
     wide = test_dbm[:, 0].argmax(1)
     best_of_set_b = ((wide // 8) * 32 + (wide % 8) * 2 == test_best).mean()
-    for model in (transformer(), student(mirror=(2, 8, 4, 16))):
+    for model in (transformer(), student()):
         model.normalizer.learn(dbm, ones)
 
         def loss(module, batch):
@@ -191,7 +203,7 @@ def test_both_networks_find_the_beam_of_a_single_path(tmp_path):
 
 def test_deployable_graph_runs_alone_in_onnxruntime(tmp_path):
     dbm, mask = reports(history=4)
-    model = student(history=4, mirror=(2, 8, 4, 16)).train()
+    model = student(history=4).train()
     model.normalizer.learn(dbm, mask)
     deployable = Deployable(model, 1.7)
     expected = deployable(dbm, mask)

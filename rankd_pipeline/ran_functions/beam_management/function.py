@@ -38,7 +38,7 @@ class BeamManagement(RanFunction):
         Metric("l1_rsrp_loss_db", "dB", higher_is_better=False, is_rate=False),
     )
     gap_baseline = "best_of_set_b"
-    code_versions = {"simulate": "2", "labels": "1", "networks": "2", "baselines": "2", "metrics": "1"}
+    code_versions = {"simulate": "2", "labels": "2", "networks": "3", "baselines": "2", "metrics": "2"}
 
     def corpus_config(self, raw: Mapping[str, Any]) -> BeamCorpusConfig:
         return validated(BeamCorpusConfig, dict(raw), "steps.corpus.simulation")
@@ -139,10 +139,10 @@ class BeamManagement(RanFunction):
     def student(self, cfg: BeamCorpusConfig, network: Mapping[str, Any]) -> "torch.nn.Module":
         from rankd_pipeline.ran_functions.beam_management.networks import BeamMLP
 
-        keywords = dict(network)
-        sizes = (cfg.set_b.rows, cfg.set_b.cols, cfg.array.rows, cfg.array.cols)
-        mirror = sizes if keywords.pop("mirror", False) else None
-        return BeamMLP(set_b=cfg.n_set_b, set_a=cfg.n_set_a, history=cfg.history, mirror=mirror, **keywords)
+        return BeamMLP(
+            set_b_rows=cfg.set_b.rows, set_b_cols=cfg.set_b.cols, set_a_rows=cfg.array.rows, set_a_cols=cfg.array.cols,
+            history=cfg.history, **network,
+        )  # fmt: skip
 
     def set_statistics(self, module: "torch.nn.Module", inputs: Arrays) -> None:
         module.get_submodule("normalizer").learn(inputs[RSRP], inputs[MASK])  # type: ignore[operator]

@@ -111,11 +111,7 @@ class BeamTransformer(nn.Module):
         mirror: bool = True,
     ) -> None:
         super().__init__()
-        if set_a_rows % set_b_rows or set_a_cols % set_b_cols:
-            raise RankdError(
-                f"Set A has {set_a_rows}x{set_a_cols} beams and Set B {set_b_rows}x{set_b_cols}; "
-                "rows and columns of Set A must be multiples of Set B's"
-            )
+        _check_grids(set_b_rows, set_b_cols, set_a_rows, set_a_cols)
         if width % heads:
             raise RankdError(f"teacher network: width {width} must be a multiple of heads {heads}")
         self.rows, self.cols, self.set_b = set_b_rows, set_b_cols, set_b_rows * set_b_cols
@@ -158,6 +154,14 @@ class BeamTransformer(nn.Module):
         for block in self.blocks:
             tokens_BTD = block(tokens_BTD)
         return self.norm(tokens_BTD)
+
+
+def _check_grids(set_b_rows: int, set_b_cols: int, set_a_rows: int, set_a_cols: int) -> None:
+    if set_a_rows % set_b_rows or set_a_cols % set_b_cols:
+        raise RankdError(
+            f"Set A has {set_a_rows}x{set_a_cols} beams and Set B {set_b_rows}x{set_b_cols}; "
+            "rows and columns of Set A must be multiples of Set B's"
+        )
 
 
 def _turned(rows: int, cols: int) -> Tensor:
@@ -230,37 +234,46 @@ class _Block(nn.Module):
 
 
 class BeamMLP(nn.Module):
-    """The student: a few thousand weights on the scaled reports; plain layers that every runtime takes.
+    """The student: a tiny MLP, run once from the direction of every wide beam, each run scoring the narrow beams beneath it.
+
+    As in the teacher, the report is turned into each wide beam's own direction, so one set of weights serves all of them and
+    what is learned at one angle holds at the next; `place` is what differs (element pattern, who lives where). At equal
+    weights this is 1.2 points of Top-1 better than an MLP over the flat report, and 1,000 weights do what 4,000 did there.
+    It is plain matrix products over W rows, which every runtime takes.
 
     Args:
-        mirror: (set_b_rows, set_b_cols, set_a_rows, set_a_cols) to train on mirror images too, see `Mirror`; what is
-            deployed runs once.
-        separable: a narrow beam's logit is the sum of its row's and its column's, as its gain in dB is. Where N logits
-            need N weights a hidden unit, this needs rows + cols: half the network's weights, better spent on its width
-            (measured at equal weights: Top-1 +0.4 points). Takes Set A's grid from `mirror`.
+        set_b_rows, set_b_cols, set_a_rows, set_a_cols: the beam grids; Set A's are multiples of Set B's.
+        history: reports H in a sample, the newest last.
+        hidden: widths of the hidden layers.
+        mirror: train on mirror images too, see `Mirror`; what is deployed runs once.
     """
+
+    around: Tensor
 
     def __init__(
         self,
         *,
-        set_b: int,
-        set_a: int,
+        set_b_rows: int,
+        set_b_cols: int,
+        set_a_rows: int,
+        set_a_cols: int,
         history: int,
-        hidden: Sequence[int] = (32, 32),
-        mirror: tuple[int, int, int, int] | None = None,
-        separable: bool = False,
+        hidden: Sequence[int] = (48, 32),
+        mirror: bool = True,
     ) -> None:
         super().__init__()
-        if separable and not mirror:
-            raise RankdError("student network: separable needs the beam grid, which mirror brings; set mirror: true too")
+        _check_grids(set_b_rows, set_b_cols, set_a_rows, set_a_cols)
+        self.rows, self.cols, set_b = set_b_rows, set_b_cols, set_b_rows * set_b_cols
+        self.down, self.across = set_a_rows // set_b_rows, set_a_cols // set_b_cols
         self.normalizer = ReportNormalizer(set_b)
-        self.mirror = Mirror(*mirror) if mirror else None
-        widths = [2 * history * set_b + 1, *hidden]
-        layers: list[nn.Module] = []
-        for before, after in zip(widths[:-1], widths[1:], strict=True):
+        self.mirror = Mirror(set_b_rows, set_b_cols, set_a_rows, set_a_cols) if mirror else None
+        self.register_buffer("around", _turned(set_b_rows, set_b_cols), persistent=False)
+        self.embed = nn.Linear(2 * history * set_b + 1, hidden[0])
+        self.place = nn.Parameter(0.02 * torch.randn(set_b, hidden[0]))
+        layers: list[nn.Module] = [nn.ReLU()]
+        for before, after in zip(hidden[:-1], hidden[1:], strict=True):
             layers += [nn.Linear(before, after), nn.ReLU()]
-        head = _SeparableHead(widths[-1], *mirror[2:]) if separable and mirror else nn.Linear(widths[-1], set_a)
-        self.layers = nn.Sequential(*layers, head)
+        self.layers = nn.Sequential(*layers, nn.Linear(hidden[-1], self.down * self.across))
 
     def forward(self, l1_rsrp_dbm: Tensor, l1_rsrp_mask: Tensor) -> Tensor:
         """Logits [B, N] over Set A from reports [B, H, W] (dBm) and their mask."""
@@ -270,19 +283,11 @@ class BeamMLP(nn.Module):
 
     def _logits(self, l1_rsrp_dbm: Tensor, l1_rsrp_mask: Tensor) -> Tensor:
         shape_BHW, level_B1, there_BHW = self.normalizer(l1_rsrp_dbm, l1_rsrp_mask)
-        return self.layers(torch.cat([shape_BHW.flatten(1), there_BHW.flatten(1), level_B1], dim=1))
-
-
-class _SeparableHead(nn.Module):
-    """Logits [B, rows*cols] as the sum of a row's and a column's."""
-
-    def __init__(self, width: int, rows: int, cols: int) -> None:
-        super().__init__()
-        self.row = nn.Linear(width, rows)
-        self.col = nn.Linear(width, cols)
-
-    def forward(self, x_BD: Tensor) -> Tensor:
-        return (self.row(x_BD).unsqueeze(2) + self.col(x_BD).unsqueeze(1)).flatten(1)
+        reports = torch.cat([shape_BHW, there_BHW], dim=1)
+        turned_BWF = reports[..., self.around].transpose(1, 2).flatten(2)
+        level = level_B1.unsqueeze(1).expand(-1, turned_BWF.shape[1], 1)
+        beneath = self.layers(self.embed(torch.cat([turned_BWF, level], dim=-1)) + self.place)
+        return beneath.reshape(-1, self.rows, self.cols, self.down, self.across).transpose(2, 3).flatten(1)
 
 
 class Deployable(nn.Module):
