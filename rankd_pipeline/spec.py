@@ -81,15 +81,34 @@ class SoftLabelsStep(_Strict):
     batch: int = Field(default=2048, ge=1)
 
 
-class StudentStep(_Strict):
-    """candidates: named student networks; temperatures: swept on the first seed; alpha: weight of the teacher's part."""
+class StudentCandidate(_Strict):
+    """One student network: the function's keywords, training settings, keywords of its loss."""
 
     network: dict[str, Any] = {}
     fit: dict[str, Any] = {}
     loss: dict[str, Any] = {}
+
+
+class StudentStep(_Strict):
+    """temperatures: swept on the first seed; alpha: weight of the teacher's part.
+
+    candidates: named student networks, each with what differs from network, fit and loss. All of them are distilled and
+    quantized; the latency race and their scores decide which one is deployed.
+    """
+
+    network: dict[str, Any] = {}
+    fit: dict[str, Any] = {}
+    loss: dict[str, Any] = {}
+    candidates: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], StudentCandidate] = {}
     temperatures: tuple[float, ...] = (1.0, 2.0, 4.0, 6.0, 8.0)
     alpha: Share = 0.7
     paired_seeds: int = Field(default=5, ge=2)
+
+    def named(self) -> dict[str, StudentCandidate]:
+        """The candidates with what they share merged in; the only one is called `student` where none is named."""
+        shared = {"network": self.network, "fit": self.fit, "loss": self.loss}
+        own = {name: item.model_dump() for name, item in self.candidates.items()} or {"student": {}}
+        return {name: StudentCandidate(**deep_merge(shared, item)) for name, item in own.items()}
 
 
 class QuantizeStep(_Strict):
@@ -98,9 +117,13 @@ class QuantizeStep(_Strict):
 
 
 class LatencyStep(_Strict):
-    """budget_us: the function's time budget. race: settings of the latency harness (runtime.latency.LatencyConfig)."""
+    """budget_us: the function's time budget. race: settings of the latency harness (runtime.latency.LatencyConfig).
+
+    limit_us: of several student candidates the best one whose p99.9 is proven within this is deployed (default: the budget).
+    """
 
     budget_us: float = Field(gt=0)
+    limit_us: float | None = Field(default=None, gt=0)
     race: dict[str, Any] = {}
 
 
@@ -187,6 +210,11 @@ class PipelineSpec(_Strict):
     steps: StepConfigs
     gates: Gates
     targets: tuple[Target, ...] = TARGETS
+
+    @property
+    def students(self) -> dict[str, StudentCandidate]:
+        """The student candidates by name."""
+        return self.steps.student.named()
 
     @property
     def enforced(self) -> bool:

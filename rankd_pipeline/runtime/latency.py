@@ -50,15 +50,16 @@ class LatencyConfig(BaseModel):
 
 
 class Candidate(BaseModel):
-    """One way to run the model: `runtime` names it in reports; `path` is the ONNX file, `csource` its C form.
+    """One way to run a model: `runtime` names it in reports; `path` is the ONNX file, `csource` its C form.
 
-    A candidate with `reason` could not be built here and is only listed. `shippable` is False for labelled options
-    (native flags): measured, never the winner.
+    `model` tells students apart where several of one signature race. A candidate with `reason` could not be built here and
+    is only listed. `shippable` is False for labelled options (native flags): measured, never the winner.
     """
 
     model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
 
     runtime: str
+    model: str = ""
     engine: Literal["onnxruntime", "openvino", "c"]
     precision: Literal["fp32", "int8"] = "fp32"
     path: Path
@@ -101,6 +102,8 @@ class CandidateResult(BaseModel):
     """What one candidate reached; without figures, `reason` says why it was not measured."""
 
     runtime: str
+    model: str = ""
+    engine: str = ""
     precision: str
     shippable: bool
     reason: str = ""
@@ -163,27 +166,36 @@ def _short(item: CandidateResult) -> dict[str, Any]:
     }
 
 
-def line_up(fp32: Path, int8: Path | None, work: Path, native: bool = False) -> list[Candidate]:
+def line_up(fp32: Path, int8: Path | None, work: Path, native: bool = False, model: str = "") -> list[Candidate]:
     """The candidates this host can race: onnxruntime and portable C of each precision, OpenVINO where installed.
 
-    C sources are generated into `work` as `model_fp32.c` and `model_int8.c`. `native` adds the FP32 C with
-    -march=native as a labelled option. What cannot be built is listed with its reason.
+    C sources are generated into `work`, named as the ONNX files are. `native` adds the FP32 C with -march=native as a
+    labelled option. What cannot be built is listed with its reason. `model` goes before the runtimes' names where several
+    students race.
     """
+    before = f"{model}-" if model else ""
     files: list[tuple[Literal["fp32", "int8"], Path]] = [("fp32", fp32)]
     if int8 is not None:
         files.append(("int8", int8))
     found = []
     for precision, path in files:
-        found.append(Candidate(runtime=f"onnxruntime-{precision}", engine="onnxruntime", precision=precision, path=path))
+        found.append(
+            Candidate(runtime=f"{before}onnxruntime-{precision}", model=model, engine="onnxruntime", precision=precision, path=path)
+        )
     for precision, path in files:
-        csource, reason = is_buildable(path, work, f"model_{precision}")
-        common = {"engine": "c", "precision": precision, "path": path, "csource": csource, "reason": reason}
-        found.append(Candidate(runtime=f"c-{precision}", **common))
+        csource, reason = is_buildable(path, work, _c_name(path, precision))
+        common = {"model": model, "engine": "c", "precision": precision, "path": path, "csource": csource, "reason": reason}
+        found.append(Candidate(runtime=f"{before}c-{precision}", **common))
         if native and precision == "fp32":
-            found.append(Candidate(runtime="c-fp32-native", native=True, shippable=False, **common))
+            found.append(Candidate(runtime=f"{before}c-fp32-native", native=True, shippable=False, **common))
     if _installed("openvino"):
-        found.append(Candidate(runtime="openvino-fp32", engine="openvino", path=fp32))
+        found.append(Candidate(runtime=f"{before}openvino-fp32", model=model, engine="openvino", path=fp32))
     return found
+
+
+def _c_name(path: Path, precision: str) -> str:
+    """A C identifier from the file's name; any other file's C is called after its precision."""
+    return path.stem if path.stem.isidentifier() and path.stem.isascii() else f"model_{precision}"
 
 
 def mask_cases(signature: ModelSignature, samples: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
@@ -206,20 +218,23 @@ def profile(
     work: Path,
     on_progress: Callable[[str, float], None] = lambda message, fraction: None,
     cases: Mapping[str, Mapping[str, np.ndarray]] | None = None,
+    scores: Mapping[str, float] | None = None,
+    limit_us: float | None = None,
 ) -> LatencyReport:
     """Race `candidates` on this host and judge them.
 
     `samples` are real inputs, `[n, *shape]` each; calls cycle through them, so that no input is timed twice in a row.
     `cases` are named input sets (default: `mask_cases`), interleaved call by call. `work` holds builds and raw times.
     The winner is the shippable candidate with the best tail, measured again with `cfg.winner_runs`; its verdict is the
-    report's. Never runs beside another profile on this host: raises Busy after `cfg.lock_wait_s`. Raises RankdError if
-    no candidate could be measured.
+    report's. Where several students race (`Candidate.model`), `scores` (larger is better) chooses among those whose tail is
+    proven within `limit_us` (default: the budget). Never runs beside another profile on this host: raises Busy after
+    `cfg.lock_wait_s`. Raises RankdError if no candidate could be measured.
     """
     work.mkdir(parents=True, exist_ok=True)
     named = dict(cases) if cases is not None else mask_cases(signature, samples)
     try:
         with profile_script.host_lock(cfg.lock_wait_s, lambda message: on_progress(message, 0.0)) as lock:
-            return _Race(signature, cfg, named, work, on_progress, lock).run(candidates)
+            return _Race(signature, cfg, named, work, on_progress, lock).run(candidates, scores or {}, limit_us)
     except TimeoutError as error:
         raise Busy(f"Latency was not measured: {error}. Try again when it is done.") from error
 
@@ -270,7 +285,7 @@ class _Race:
         profile_script.save_arrays(work / "samples.npz", self.rows)
         _write_flat(signature, self.rows, work / "samples.bin")
 
-    def run(self, candidates: list[Candidate]) -> LatencyReport:
+    def run(self, candidates: list[Candidate], scores: Mapping[str, float], limit_us: float | None) -> LatencyReport:
         """Screen all, then measure the best shippable one longest."""
         built = [item for item in candidates if not item.reason]
         results: dict[str, CandidateResult] = {}
@@ -278,7 +293,8 @@ class _Race:
             self.on_progress(f"{item.runtime} ({number + 1} of {len(candidates)})", number / (len(candidates) + 1))
             share_s = 0.55 * self.cfg.max_seconds / max(len(built), 1)
             results[item.runtime] = self.measure(item, self.cfg.paced_runs, share_s)
-        winner = pick([result for result in results.values() if result.shippable and result.paced])
+        timed = [result for result in results.values() if result.shippable and result.paced]
+        winner = pick(timed, scores, limit_us or self.signature.budget_us)
         if winner is None:
             reasons = "; ".join(f"{result.runtime}: {result.reason}" for result in results.values())
             raise RankdError(f"No runtime could be timed for model {self.signature.name}: {reasons}")
@@ -312,7 +328,10 @@ class _Race:
 
     def measure(self, item: Candidate, runs: int, deadline_s: float) -> CandidateResult:
         """Time one candidate in a process of its own and judge it; a candidate that fails is reported, not raised."""
-        blank = CandidateResult(runtime=item.runtime, precision=item.precision, shippable=item.shippable, reason=item.reason)
+        blank = CandidateResult(
+            runtime=item.runtime, model=item.model, engine=item.engine, precision=item.precision, shippable=item.shippable,
+            reason=item.reason,
+        )  # fmt: skip
         if item.reason:
             return blank
         try:
@@ -433,17 +452,31 @@ def judge_times(
     )
 
 
-def pick(results: list[CandidateResult]) -> str | None:
+def pick(results: list[CandidateResult], scores: Mapping[str, float] | None = None, limit_us: float = math.inf) -> str | None:
     """The runtime with the best paced tail: lowest p99.9; where intervals overlap the best one's, lowest p99, then p50.
 
-    On a noisy host every p99.9 is the host's, and without the second rule chance would choose.
+    On a noisy host every p99.9 is the host's, and without the second rule chance would choose. Of several students the one
+    with the best score wins whose best tail is proven within `limit_us`; if none is, the best tail of all.
     """
     timed = [item for item in results if item.paced is not None]
     if not timed:
         return None
-    best = min(item.paced.p999_ci95_us[1] or item.paced.max_us for item in timed if item.paced)
+    best_of = {model: _best_tail([item for item in timed if item.model == model]) for model in {item.model for item in timed}}
+    fitting = [model for model, item in best_of.items() if item.paced and _proven_us(item.paced) <= limit_us]
+    if len(best_of) > 1 and fitting:
+        return best_of[max(sorted(fitting), key=lambda model: (scores or {}).get(model, -math.inf))].runtime
+    return _best_tail(timed).runtime
+
+
+def _best_tail(timed: list[CandidateResult]) -> CandidateResult:
+    best = min(_proven_us(item.paced) for item in timed if item.paced)
     alike = [item for item in timed if item.paced and item.paced.p999_ci95_us[0] <= best]
-    return min(alike, key=lambda item: (item.paced.p99_us, item.paced.p50_us) if item.paced else (0.0, 0.0)).runtime
+    return min(alike, key=lambda item: (item.paced.p99_us, item.paced.p50_us) if item.paced else (0.0, 0.0))
+
+
+def _proven_us(tail: Tail) -> float:
+    """What p99.9 is at most, with 95 % confidence."""
+    return tail.p999_ci95_us[1] or tail.max_us
 
 
 def _histogram(paced: np.ndarray, back_to_back: np.ndarray, control: np.ndarray, bins: int = 120) -> Histogram:

@@ -85,8 +85,8 @@ def fitted_baselines(ctx: StepContext, baselines: list[Baseline]) -> dict[str, P
 
 
 def _scratch_student(ctx: StepContext) -> Predictor:
-    """The student-sized network trained on the labels alone: a teacher that does not beat it has nothing to teach."""
-    corpus, labels, student = ctx.inputs["corpus"], ctx.inputs["oracle_labels"], ctx.spec.steps.student
+    """The (first) student network trained on the labels alone: a teacher that does not beat it has nothing to teach."""
+    corpus, labels, student = ctx.inputs["corpus"], ctx.inputs["oracle_labels"], next(iter(ctx.spec.students.values()))
     ids, train, _ = labelled_inputs(ctx.function, corpus, labels, "train")
     _, val, val_label = labelled_inputs(ctx.function, corpus, labels, "val")
     write_student_data(

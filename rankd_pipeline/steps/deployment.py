@@ -15,7 +15,7 @@ from rankd_pipeline.runtime.onnx_export import read_metadata
 from rankd_pipeline.steps.calibration_scorecard import fitted_baselines
 from rankd_pipeline.steps.data import present_splits
 from rankd_pipeline.steps.promotion import SHIPPED
-from rankd_pipeline.steps.quantized_onnx import FP32, INT8
+from rankd_pipeline.steps.quantized_onnx import model_file
 from rankd_pipeline.steps.runner import StepContext
 from rankd_pipeline.steps.scoring import evaluate_splits, headline, judge_gates, score_table
 from rankd_pipeline.steps.summary import figures_of, summarise, tables_of
@@ -29,10 +29,10 @@ def deployment(ctx: StepContext) -> None:
     Raises: RankdError if the bundle does not verify after it was written.
     """
     race, files = ctx.inputs["latency_profile"], ctx.inputs["quantized_onnx"]
-    model = files.file(INT8 if race.metrics["precision"] == "int8" else FP32)
+    model = files.file(model_file(race.metrics["candidate"], race.metrics["precision"]))
     content = {MODEL: model}
-    if race.metrics["runtime"].startswith("c-"):
-        content |= {path.name: path for path in sorted((race.path / "c").glob(f"model_{race.metrics['precision']}.[ch]"))}
+    if race.metrics["engine"] == "c":
+        content |= {path.name: path for path in sorted((race.path / "c").glob(f"{model.stem}.[ch]"))}
     lineage = ctx.scratch / "lineage.json"
     lineage.write_text(json.dumps(write_lineage(ctx.inputs, ctx.store), indent=1, sort_keys=True) + "\n")
     content["lineage.json"] = lineage
@@ -75,7 +75,7 @@ def _about(ctx: StepContext, digest: str) -> dict[str, Any]:
         stamps.append("latency unproven on this host")
     return {
         "pipeline": ctx.spec.pipeline, "function": ctx.spec.function, "scale": ctx.spec.scale, "seed": ctx.spec.seed,
-        "variant": ctx.spec.variant, "recipe": ctx.draft.recipe.digest, "runtime": race["runtime"],
+        "variant": ctx.spec.variant, "student": race["candidate"], "recipe": ctx.draft.recipe.digest, "runtime": race["runtime"],
         "precision": race["precision"], "model_sha256": digest, "budget_us": race["budget_us"], "stamps": stamps,
         "sites": sorted(ctx.inputs["corpus"].metrics["sites"]), "sources": sorted(ctx.inputs["corpus"].metrics["sources"]),
         "licence": "Apache-2.0",

@@ -6,7 +6,7 @@ from rankd_pipeline.report import figures
 from rankd_pipeline.runtime.latency import LatencyConfig, line_up, profile
 from rankd_pipeline.spec import validated
 from rankd_pipeline.steps.data import inputs_of_rows, split_is
-from rankd_pipeline.steps.quantized_onnx import FP32, INT8
+from rankd_pipeline.steps.quantized_onnx import model_file
 from rankd_pipeline.steps.runner import StepContext
 
 SAMPLES = 512
@@ -15,9 +15,12 @@ SAMPLES = 512
 def latency_profile(ctx: StepContext) -> None:
     """Write `latency.json`, the raced C sources under `c/` and a histogram; metrics carry the winner and the verdict.
 
-    A candidate whose INT8 missed its gate never gets here: the quantization gate stops the chain before.
+    Student candidates that missed their quantization gate do not race (at smoke scale all do).
     """
-    files = ctx.inputs["quantized_onnx"]
+    files, students = ctx.inputs["quantized_onnx"], ctx.inputs["student"].metrics["candidates"]
+    racing = [
+        name for name, made in files.metrics["candidates"].items() if made["verdict"] == "pass" or not ctx.spec.enforced
+    ]  # fmt: skip
     where = f"pipeline {ctx.spec.pipeline}, steps.latency_profile.race"
     config = validated(LatencyConfig, ctx.config.race, where)
     signature = ctx.function.signatures(ctx.corpus_config, ctx.config.budget_us)[0]
@@ -25,9 +28,15 @@ def latency_profile(ctx: StepContext) -> None:
     rows = np.linspace(0, len(next(iter(inputs.values()))) - 1, SAMPLES).astype(int)
     samples = {name: values[rows] for name, values in inputs.items()}
     (ctx.out / "c").mkdir(exist_ok=True)
+    line = [
+        entry for name in racing
+        for entry in line_up(files.file(model_file(name, "fp32")), files.file(model_file(name, "int8")), ctx.out / "c", True,
+                             name if len(racing) > 1 else "")
+    ]  # fmt: skip
     report = profile(
-        line_up(files.file(FP32), files.file(INT8), ctx.out / "c", native=True), signature, config, samples, ctx.scratch / "race",
-        lambda text, share: ctx.progress(share, 1.0, text), ctx.function.latency_cases(samples),
+        line, signature, config, samples, ctx.scratch / "race", lambda text, share: ctx.progress(share, 1.0, text),
+        ctx.function.latency_cases(samples), {name: max(students[name]["validation"].values()) for name in racing},
+        ctx.config.limit_us,
     )  # fmt: skip
     (ctx.out / "latency.json").write_text(report.to_json())
     (ctx.out / "figures").mkdir(exist_ok=True)
@@ -35,4 +44,11 @@ def latency_profile(ctx: StepContext) -> None:
     for name, picture in figures.latency_figures(report.model_dump(mode="json")).items():
         (ctx.out / "figures" / f"{name}.png").write_bytes(picture)
     ctx.metrics.update(report.headline())
-    ctx.metrics.update(precision=winner.precision, why=report.why, reason=report.why, host=report.host)
+    ctx.metrics.update(
+        candidate=winner.model or racing[0],
+        engine=winner.engine,
+        precision=winner.precision,
+        why=report.why,
+        reason=report.why,
+        host=report.host,
+    )

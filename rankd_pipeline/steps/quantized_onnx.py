@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from rankd_pipeline.compression.quantization import quantize_int8
-from rankd_pipeline.evaluation.gates import verdict_of
+from rankd_pipeline.evaluation.gates import GateResult, verdict_of
 from rankd_pipeline.evaluation.table import concat_tables, write_table
 from rankd_pipeline.ran_functions.contract import Predictor
 from rankd_pipeline.runtime import c_export, parity
@@ -20,45 +21,74 @@ from rankd_pipeline.steps.scoring import evaluate_splits, judge_gates, network_p
 from rankd_pipeline.steps.teacher import WEIGHTS
 from rankd_pipeline.training.weights import load_weights
 
-FP32, INT8 = "model_fp32.onnx", "model_int8.onnx"
-C_NAMES = {FP32: "model_fp32", INT8: "model_int8"}
+PRECISIONS = ("fp32", "int8")
+
+
+def model_file(candidate: str, precision: str) -> str:
+    """The ONNX file of a student candidate in `quantized_onnx`, and, less its ending, the name of its C."""
+    return f"{candidate}_{precision}.onnx"
 
 
 def quantized_onnx(ctx: StepContext) -> None:
-    """Write both ONNX files, `parity.json`, `evaluation.parquet`; metrics carry gates and verdict."""
-    corpus, fp32, int8 = ctx.inputs["corpus"], ctx.out / FP32, ctx.out / INT8
-    module = ctx.function.student(ctx.corpus_config, ctx.spec.steps.student.network)
-    load_weights(module, ctx.inputs["student"].file(WEIGHTS))
-    calibration = ctx.inputs["student"].metrics["calibration_parameters"]
+    """Write both ONNX files of every student candidate, `parity.json`, `evaluation.parquet`; metrics carry gates and verdict.
+
+    A candidate that misses a gate leaves the race; the step passes if one is left. metrics are those of the student
+    step's favourite, or of the best candidate left; `candidates` holds those of all.
+    """
+    students = ctx.inputs["student"].metrics["candidates"]
+    made = {name: _candidate(ctx, name, metrics) for name, metrics in students.items()}
+    write_table(concat_tables([table for _, table in made.values()]), ctx.out / "evaluation.parquet")
+    models = [str(model) for _, table in made.values() for model in table["model"].unique()]
+    ctx.write_json("scores.json", [
+        row for _, table in made.values() for row in score_table(ctx, table, sorted(set(table["model"]), key=models.index),
+                                                                  present_splits(ctx.inputs["corpus"]))
+    ])  # fmt: skip
+    ctx.write_json("parity.json", {name: metrics["parity"] for name, (metrics, _) in made.items()})
+    order = sorted(students, key=lambda name: -max(students[name]["validation"].values()))
+    best = next((name for name in order if made[name][0]["verdict"] == "pass"), order[0])
+    ctx.metrics.update(made[best][0], candidate=best, candidates={name: metrics for name, (metrics, _) in made.items()})
+
+
+def _candidate(ctx: StepContext, name: str, student: dict[str, Any]) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Export, quantize and judge one student: its metrics, and its evaluation."""
+    corpus, files = ctx.inputs["corpus"], {precision: ctx.out / model_file(name, precision) for precision in PRECISIONS}
+    module = ctx.function.student(ctx.corpus_config, ctx.spec.students[name].network)
+    load_weights(module, ctx.inputs["student"].file(f"{name}/{WEIGHTS}"))
+    calibration = student["calibration_parameters"]
     deployable = ctx.function.deployable(module, calibration).eval()
     signature = ctx.function.signatures(ctx.corpus_config, ctx.spec.steps.latency_profile.budget_us)[0]
-    export_onnx(deployable, signature, fp32, {**lineage_of(ctx), "rankd.precision": "fp32"})
-    ctx.progress(1, 5, "INT8")
-    quantize_int8(fp32, int8, _calibration_batches(ctx), {**lineage_of(ctx), "rankd.precision": "int8"})
-    ctx.progress(2, 5, "parity")
-    checks = _parity(ctx, deployable, signature)
-    ctx.write_json("parity.json", checks)
-    splits = present_splits(corpus)
+    about = {**lineage_of(ctx), "rankd.student": name}
+    export_onnx(deployable, signature, files["fp32"], {**about, "rankd.precision": "fp32"})
+    ctx.progress(1, 5, f"{name}: INT8")
+    quantize_int8(files["fp32"], files["int8"], _calibration_batches(ctx), {**about, "rankd.precision": "int8"})
+    ctx.progress(2, 5, f"{name}: parity")
+    checks = _parity(ctx, files, deployable, signature)
     models: dict[str, Predictor] = {
         "student": network_predictor(ctx, module, calibration),
-        "fp32": onnx_predictor(ctx, fp32, signature),
-        "int8": onnx_predictor(ctx, int8, signature),
+        **{precision: onnx_predictor(ctx, path, signature) for precision, path in files.items()},
     }
-    table = concat_tables([evaluate_splits(ctx, corpus, models, splits, list(models))])
-    write_table(table, ctx.out / "evaluation.parquet")
-    ctx.write_json("scores.json", score_table(ctx, table, list(models), splits))
+    table = evaluate_splits(ctx, corpus, models, present_splits(corpus), list(models))
     gates = judge_gates(ctx, ctx.spec.gates.quantized_onnx, table, [], ctx.spec.steps.calibration_scorecard.resamples)
+    metrics = _metrics(ctx, files, table, checks, gates)
+    if len(ctx.spec.students) > 1:
+        table = concat_tables([table.assign(model=f"{name}_" + table["model"].astype(str))])
+    return metrics, table
+
+
+def _metrics(
+    ctx: StepContext, files: dict[str, Path], table: pd.DataFrame, checks: dict[str, dict[str, Any]], gates: list[GateResult]
+) -> dict[str, Any]:
     broken = [name for name, check in checks.items() if not check["ok"]]
     metric = ctx.function.metric
-    scores = {name: score_of(table, f"{name}@test", metric) for name in ("fp32", "int8")}
+    scores = {precision: score_of(table, f"{precision}@test", metric) for precision in PRECISIONS}
     sign = 1.0 if metric.higher_is_better else -1.0
-    ctx.metrics.update(
-        score=scores["int8"], drop=sign * (scores["fp32"] - scores["int8"]), bytes_fp32=fp32.stat().st_size,
-        bytes_int8=int8.stat().st_size, parity=checks, gates=[gate.model_dump(mode="json") for gate in gates],
-        verdict="fail" if broken else verdict_of(gates),
-        reason="; ".join([f"parity {name} is broken: {checks[name]}" for name in broken]
-                         + [gate.sentence() for gate in gates if gate.verdict != "pass"]),
-    )  # fmt: skip
+    return {
+        "score": scores["int8"], "drop": sign * (scores["fp32"] - scores["int8"]), "bytes_fp32": files["fp32"].stat().st_size,
+        "bytes_int8": files["int8"].stat().st_size, "parity": checks, "gates": [gate.model_dump(mode="json") for gate in gates],
+        "verdict": "fail" if broken else verdict_of(gates),
+        "reason": "; ".join([f"parity {name} is broken: {checks[name]}" for name in broken]
+                            + [gate.sentence() for gate in gates if gate.verdict != "pass"]),
+    }  # fmt: skip
 
 
 def lineage_of(ctx: StepContext) -> dict[str, str]:
@@ -97,20 +127,22 @@ def _calibration_batches(ctx: StepContext, batch: int = 64) -> Iterator[dict[str
         yield {name: values[rows[start : start + batch]] for name, values in inputs.items()}
 
 
-def _parity(ctx: StepContext, deployable: Any, signature: ModelSignature) -> dict[str, dict[str, Any]]:
+def _parity(
+    ctx: StepContext, files: dict[str, Path], deployable: Any, signature: ModelSignature
+) -> dict[str, dict[str, Any]]:  # fmt: skip
     """torch against ONNX, C against ONNX, for the bounds of the contract."""
     _, inputs = inputs_of_rows(ctx.function, ctx.inputs["corpus"], split_is("test"))
     inputs = {name: values[: ctx.config.parity_samples] for name, values in inputs.items()}
-    fp32, int8 = parity.onnx_runner(ctx.out / FP32), parity.onnx_runner(ctx.out / INT8)
-    found = {"torch_onnx_fp32": parity.parity(parity.torch_runner(deployable, signature), fp32, inputs)}
+    runners = {precision: parity.onnx_runner(path) for precision, path in files.items()}
+    found = {"torch_onnx_fp32": parity.parity(parity.torch_runner(deployable, signature), runners["fp32"], inputs)}
     not_built = {}
-    for key, file, reference in (("c_onnx_fp32", FP32, fp32), ("c_onnx_int8", INT8, int8)):
-        source, why = c_export.is_buildable(ctx.out / file, ctx.scratch / "c", C_NAMES[file])
+    for precision, path in files.items():
+        source, why = c_export.is_buildable(path, ctx.scratch / "c", path.stem)
         if source is None:
-            not_built[key] = {"ok": True, "note": why}
+            not_built[f"c_onnx_{precision}"] = {"ok": True, "note": why}
             continue
         library = c_export.build_shared(source, ctx.scratch / "lib")
-        found[key] = parity.parity(reference, c_export.CModel(library, signature), inputs)
+        found[f"c_onnx_{precision}"] = parity.parity(runners[precision], c_export.CModel(library, signature), inputs)
     # Classes are decided by their order; other heads by the values themselves.
     agreement = "argmax_agreement" if ctx.function.head().kind == "classification" else "close_agreement"
     holds = {

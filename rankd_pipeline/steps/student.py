@@ -10,7 +10,7 @@ from rankd_pipeline.errors import RankdError
 from rankd_pipeline.evaluation.paired import PairedGain, paired_gain
 from rankd_pipeline.evaluation.table import write_table
 from rankd_pipeline.report import figures
-from rankd_pipeline.spec import validated
+from rankd_pipeline.spec import StudentCandidate, validated
 from rankd_pipeline.steps.data import inputs_of_rows, label_columns, labelled_inputs, present_splits, split_is
 from rankd_pipeline.steps.runner import StepContext
 from rankd_pipeline.steps.scoring import calibration_of, evaluate_splits, headline, network_predictor, score_table
@@ -25,23 +25,43 @@ from rankd_pipeline.training.weights import save_weights
 
 
 def student(ctx: StepContext) -> None:
-    """Write the deployed student's `weights.safetensors`, `comparison.json`, `evaluation.parquet` and figures."""
-    validated(FitConfig, ctx.config.fit, f"pipeline {ctx.spec.pipeline}, steps.student.fit")
+    """Write `<candidate>/` with weights, comparison and evaluation of each candidate, `scores.json` and figures.
+
+    metrics are those of the candidate with the best validation score; `candidates` holds those of all.
+    """
     _lay_out(ctx)
+    made = {name: _candidate(ctx, name, config) for name, config in ctx.spec.students.items()}
+    best = max(made, key=lambda name: made[name][0]["validation"][made[name][0]["arm"]])
+    ctx.metrics.update(made[best][0], candidate=best, candidates={name: metrics for name, (metrics, _) in made.items()})
+    ctx.write_json("scores.json", [row for _, rows in made.values() for row in rows])
+
+
+def _candidate(ctx: StepContext, name: str, config: StudentCandidate) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Sweep, compare and publish one candidate: its metrics, and its rows for the table of scores."""
+    validated(FitConfig, config.fit, f"pipeline {ctx.spec.pipeline}, steps.student.fit of {name}")
     head = ctx.function.head()
     temperatures = ctx.config.temperatures if head.tempered else (1.0,)
-    sweep = _train(ctx, [_job(ctx, "distilled", T, 0) for T in temperatures], "temperature sweep")
+    of = "" if len(ctx.spec.students) == 1 else f"{name}: "
+    sweep = _train(ctx, [_job(ctx, name, config, "distilled", T, 0) for T in temperatures], of + "temperature sweep")
     temperature = max(sweep, key=lambda job: job["validation_score"])["temperature"]
-    paired = [_job(ctx, arm, temperature, seed) for seed in range(1, ctx.config.paired_seeds + 1) for arm in head.arms]
-    trained = _train(ctx, paired, "paired seeds")
+    seeds = range(1, ctx.config.paired_seeds + 1)
+    trained = _train(
+        ctx, [_job(ctx, name, config, arm, temperature, seed) for seed in seeds for arm in head.arms], of + "paired seeds"
+    )  # fmt: skip
     by_arm = {arm: [job for job in trained if job["arm"] == arm] for arm in head.arms}
     mean_validation = {arm: float(np.mean([job["validation_score"] for job in by_arm[arm]])) for arm in ("distilled", "scratch")}
     winner = max(mean_validation, key=lambda arm: mean_validation[arm])
     chosen = max(by_arm[winner], key=lambda job: job["validation_score"])
-    ctx.metrics.update(temperature=temperature, arm=winner, validation=mean_validation, sweep=[_row(job) for job in sweep])
-    _publish(ctx, chosen, by_arm, temperature)
-    ctx.write_json("comparison.json", {"sweep": _told(sweep), "paired": _told(trained), "chosen": chosen["name"]})
-    ctx.write_json("history.json", chosen["history"])
+    folder = ctx.out / name
+    folder.mkdir(exist_ok=True)
+    comparison = {"sweep": _told(sweep), "paired": _told(trained), "chosen": chosen["name"]}
+    ctx.write_json(f"{name}/comparison.json", comparison)
+    ctx.write_json(f"{name}/history.json", chosen["history"])
+    metrics = {"temperature": temperature, "arm": winner, "validation": mean_validation, "sweep": [_row(job) for job in sweep]}
+    judged, rows = _judge(ctx, name, chosen, by_arm)
+    metrics |= judged
+    _draw(ctx, name, metrics, chosen["history"])
+    return metrics, rows
 
 
 def _told(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -67,12 +87,13 @@ def _lay_out(ctx: StepContext) -> None:
     )
 
 
-def _job(ctx: StepContext, arm: str, temperature: float, seed: int) -> dict[str, Any]:
-    config = ctx.config
+def _job(
+    ctx: StepContext, candidate: str, config: StudentCandidate, arm: str, temperature: float, seed: int
+) -> dict[str, Any]:  # fmt: skip
     return {
-        "name": f"{arm}-T{temperature:g}-seed{seed}", "function": ctx.spec.function,
+        "name": f"{candidate}-{arm}-T{temperature:g}-seed{seed}", "function": ctx.spec.function,
         "corpus": ctx.spec.steps.corpus.simulation, "network": config.network, "fit": config.fit, "loss": config.loss,
-        "arm": arm, "temperature": temperature, "alpha": config.alpha, "seed": derive_seed(ctx.spec.seed, "student", seed),
+        "arm": arm, "temperature": temperature, "alpha": ctx.config.alpha, "seed": derive_seed(ctx.spec.seed, "student", seed),
         "data": str(ctx.scratch / "data"), "out": str(ctx.scratch / "students"),
     }  # fmt: skip
 
@@ -93,43 +114,45 @@ def _train(ctx: StepContext, jobs: list[dict[str, Any]], what: str) -> list[dict
     return [{**job, **result} for job, result in zip(jobs, results, strict=True)]
 
 
-def _publish(ctx: StepContext, chosen: dict[str, Any], by_arm: dict[str, list[dict[str, Any]]], temperature: float) -> None:
-    """Calibrate the chosen student, judge all students on the test splits, write everything down."""
+def _judge(
+    ctx: StepContext, name: str, chosen: dict[str, Any], by_arm: dict[str, list[dict[str, Any]]]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Calibrate the chosen student, write it down, and score it and every seed on the test splits."""
     corpus, head = ctx.inputs["corpus"], ctx.function.head()
     _, val, val_label = labelled_inputs(ctx.function, corpus, ctx.inputs["oracle_labels"], "val")
     model = load_student(ctx.function, chosen)
     calibration = head.fit_calibration(outputs_of(model, val), val_label)
-    save_weights(model, ctx.out / WEIGHTS)
+    save_weights(model, ctx.out / name / WEIGHTS)
     # Calibration changes no decision and no estimate, so the seeds are scored with that of the one that is deployed.
-    seeds = {
-        job["name"]: network_predictor(ctx, load_student(ctx.function, job), calibration)
-        for jobs in by_arm.values()
-        for job in jobs
-    }
+    students = [job for jobs in by_arm.values() for job in jobs]
+    seeds = {job["name"]: network_predictor(ctx, load_student(ctx.function, job), calibration) for job in students}
     splits = present_splits(corpus)
-    deployed = evaluate_splits(ctx, corpus, {"student": network_predictor(ctx, model, calibration)}, splits, ["student"])
-    write_table(deployed, ctx.out / "evaluation.parquet")
+    deployed = evaluate_splits(ctx, corpus, {name: network_predictor(ctx, model, calibration)}, splits, [name])
+    write_table(deployed, ctx.out / name / "evaluation.parquet")
     table = evaluate_splits(ctx, corpus, seeds, ["test"], list(seeds))
-    metric = ctx.function.metric
-    sign = 1.0 if metric.higher_is_better else -1.0
+    sign = 1.0 if ctx.function.metric.higher_is_better else -1.0
     scores = {arm: [sign * headline(ctx, table, job["name"]).value for job in jobs] for arm, jobs in by_arm.items()}
     kd = paired_gain(scores["distilled"], scores["scratch"])
     dark = paired_gain(scores["distilled"], scores["hard"]) if "hard" in scores else None
-    ctx.write_json("scores.json", score_table(ctx, deployed, ["student"], splits))
-    ctx.metrics.update(_summary(ctx, deployed, parameter_count(model), sign * float(np.mean(scores["scratch"])), kd, dark))
-    ctx.metrics.update(calibration_parameters=calibration, seed_scores={arm: [sign * s for s in scores[arm]] for arm in scores})
+    metrics = _summary(ctx, name, deployed, parameter_count(model), sign * float(np.mean(scores["scratch"])), kd, dark)
+    metrics |= {"calibration_parameters": calibration, "seed_scores": {arm: [sign * s for s in scores[arm]] for arm in scores}}
+    return metrics, score_table(ctx, deployed, [name], splits)
+
+
+def _draw(ctx: StepContext, name: str, metrics: dict[str, Any], history: list[dict[str, Any]]) -> None:
     folder = ctx.out / "figures"
     folder.mkdir(exist_ok=True)
-    for name, picture in figures.student_figures(ctx.metrics, chosen["history"], temperature).items():
-        (folder / f"{name}.png").write_bytes(picture)
+    prefix = "" if len(ctx.spec.students) == 1 else f"{name}_"
+    for title, picture in figures.student_figures(metrics, history, metrics["temperature"]).items():
+        (folder / f"{prefix}{title}.png").write_bytes(picture)
 
 
 def _summary(
-    ctx: StepContext, table: pd.DataFrame, params: int, scratch: float, kd: PairedGain, dark: PairedGain | None
+    ctx: StepContext, name: str, table: pd.DataFrame, params: int, scratch: float, kd: PairedGain, dark: PairedGain | None
 ) -> dict[str, Any]:
     """The `student` part of the report."""
     metric, teacher = ctx.function.metric, ctx.inputs["calibration_scorecard"].metrics
-    score = headline(ctx, table, "student")
+    score = headline(ctx, table, name)
     base = teacher["baseline"]["score"]
     gained = teacher["score"] - base
     return {
@@ -145,5 +168,5 @@ def _summary(
         "dark_gain": None if dark is None else dark.mean,
         "dark_gain_ci95": None if dark is None else list(dark.ci95),
         "verdict": "KD useful" if kd.useful else "KD not useful",
-        "calibration": {"metric": ctx.function.head().calibration_metric, "value": calibration_of(ctx, table, "student@test")},
+        "calibration": {"metric": ctx.function.head().calibration_metric, "value": calibration_of(ctx, table, f"{name}@test")},
     }

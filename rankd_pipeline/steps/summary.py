@@ -46,6 +46,10 @@ def summarise(spec: PipelineSpec, artifacts: Mapping[str, Artifact], entry: Entr
     """Sum up a run; `entry` is the ledger's last word on its deployment."""
     metric = load_function(spec.function).metric
     metrics = {step: dict(artifact.metrics) for step, artifact in artifacts.items()}
+    if "latency_profile" in metrics:  # of several students, the report is about the one that the race chose
+        chosen = metrics["latency_profile"]["candidate"]
+        for step in ("student", "quantized_onnx"):
+            metrics[step].update(metrics[step]["candidates"][chosen])
     if "deployment" in artifacts and entry is not None:
         alias = "champion" if entry.event == "champion" else None
         metrics["deployment"].update(version=entry.version, alias=alias, bundle=entry.bundle)

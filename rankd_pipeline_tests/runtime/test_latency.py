@@ -129,6 +129,20 @@ def test_best_tail_wins_not_best_median():
     assert pick([blank()]) is None
 
 
+def test_of_several_students_the_best_within_the_limit_wins():
+    """Score decides among those whose tail is proven within the limit, the tail among runtimes of one student."""
+
+    def of(model: str, runtime: str, us: float) -> CandidateResult:
+        return planted(f"{model}-{runtime}", call_times(us, 1.1 * us, 0.01)).model_copy(update={"model": model})
+
+    race = [of("cnn", "c-fp32", 60), of("cnn", "onnxruntime-fp32", 30), of("mlp", "c-fp32", 4), of("mlp", "onnxruntime-fp32", 9)]
+    scores = {"cnn": 0.9, "mlp": 0.8}
+    assert pick(race, scores, 40.0) == "cnn-onnxruntime-fp32"
+    assert pick(race, scores, 20.0) == "mlp-c-fp32"
+    assert pick(race, {"cnn": 0.7, "mlp": 0.8}, 40.0) == "mlp-c-fp32"
+    assert pick(race, scores, 1.0) == "mlp-c-fp32"
+
+
 @needs_compiler
 def test_whole_race(toy, tmp_path, monkeypatch):
     """Both toys: every runtime measured, figures ordered, cases and JSON complete, nothing left at real-time priority."""

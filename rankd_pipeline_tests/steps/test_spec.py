@@ -62,3 +62,16 @@ def test_unknown_scale_variant_pipeline_and_no_yaml(tmp_path):
     broken.write_text("a: [1")
     with pytest.raises(RankdError, match="not YAML"):
         load_pipeline(broken)
+
+
+def test_student_candidates_share_what_they_do_not_say():
+    config = load_pipeline("beam_management")
+    assert list(config.at("smoke").students) == ["student"]
+    own = {"small": {"network": {"hidden": [8]}}, "large": {"fit": {"lr": 0.5}}}
+    both = config.model_copy(update={"steps": deep_merge(config.steps, {"student": {"candidates": own}})}).at("smoke").students
+    alone = config.at("smoke").students["student"]
+    assert both["small"].network == {**alone.network, "hidden": [8]} and both["small"].fit == alone.fit
+    assert both["large"].network == alone.network and both["large"].fit == {**alone.fit, "lr": 0.5}
+    with pytest.raises(RankdError, match="candidates"):
+        bad = deep_merge(config.steps, {"student": {"candidates": {"Not ok": {}}}})
+        config.model_copy(update={"steps": bad}).at("smoke")
