@@ -84,22 +84,22 @@ def latency_figures(report: Mapping[str, Any]) -> dict[str, bytes]:
 
 def reliability_diagram(before: Reliability, after: Reliability) -> bytes:
     """Accuracy against confidence by bin, before and after calibration; the area of a mark is its share of samples."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=(0, (4, 3)), label="perfect")
     for bins, colour, label in ((before, _MUTED[0], "before"), (after, ACCENT, "after")):
         axes.plot(bins.confidence, bins.accuracy, color=colour, linewidth=1.4, label=f"{label}: ECE {bins.ece:.3f}")
         axes.scatter(bins.confidence, bins.accuracy, s=6 + 110 * bins.count / bins.count.sum(), color=colour, alpha=0.8)
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
-    _percent(axes, "xy")
+    percent(axes, "xy")
     axes.legend(loc="upper left")
-    return _png(figure)
+    return png(figure)
 
 
 def sample_cdf(table: pd.DataFrame, metric: "Metric", models: Sequence[str], split: str) -> bytes:
     """Distribution over samples of a metric written one row a sample (the CDF of the L1-RSRP loss); the tail is drawn log."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     lowest, top = 1.0, 0.0
-    for model, colour in _colours(models):
+    for model, colour in colours(models):
         rows = select(table, model=model, split=split, metric=metric.name)
         if rows.empty:
             continue
@@ -114,7 +114,7 @@ def sample_cdf(table: pd.DataFrame, metric: "Metric", models: Sequence[str], spl
     axes.set_yticks([1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01], ["100 %", "50 %", "20 %", "10 %", "5 %", "2 %", "1 %"])
     axes.minorticks_off()
     axes.legend(loc="upper right", ncols=2 if len(models) > 4 else 1)
-    return _png(figure)
+    return png(figure)
 
 
 def scores_by_split(table: pd.DataFrame, metric: "Metric", models: Sequence[str], splits: Sequence[str]) -> bytes:
@@ -143,7 +143,7 @@ def scores_by_cell(table: pd.DataFrame, metric: "Metric", models: Sequence[str],
 
 def training_curve(history: Sequence[Mapping[str, Any]]) -> bytes:
     """Training and validation loss by epoch (rows of EpochRecord); the kept epoch is marked."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     epoch = [row["epoch"] for row in history]
     axes.plot(epoch, [row["train_loss"] for row in history], color=_MUTED[0], linewidth=1.2, label="training")
     checked = [(row["epoch"], row["validation"]) for row in history if row["validation"] is not None]
@@ -154,12 +154,12 @@ def training_curve(history: Sequence[Mapping[str, Any]]) -> bytes:
         axes.scatter([at[best]], [loss[best]], color=ACCENT, zorder=3, label=f"kept: epoch {at[best]}")
     axes.set(xlabel="epoch", ylabel="loss")
     axes.legend(loc="upper right")
-    return _png(figure)
+    return png(figure)
 
 
 def temperature_sweep(rows: Sequence[Mapping[str, Any]], chosen: float) -> bytes:
     """Validation score (left) and divergence from the teacher (right) against the distillation temperature."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     rows = sorted(rows, key=lambda row: row["temperature"])
     at = [row["temperature"] for row in rows]
     lines = axes.plot(at, [row["validation_score"] for row in rows], color=ACCENT, marker="o", label="validation score")
@@ -173,12 +173,12 @@ def temperature_sweep(rows: Sequence[Mapping[str, Any]], chosen: float) -> bytes
     axes.axvline(chosen, color=SECOND, linewidth=1, zorder=0)
     axes.annotate(f"  chosen: T = {chosen:g}", (chosen, 0.03), xycoords=("data", "axes fraction"), color=SECOND, fontsize=8)
     figure.legend(handles=lines, loc="outside upper center", ncols=2, fontsize=7.5)
-    return _png(figure)
+    return png(figure)
 
 
 def paired_seeds(scores: Mapping[str, Sequence[float]]) -> bytes:
     """Test score of each way to train the student; a line joins the three of one seed."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     arms = [arm for arm in ("scratch", "hard", "distilled") if arm in scores] or list(scores)
     for values in zip(*(scores[arm] for arm in arms), strict=True):
         axes.plot(range(len(arms)), values, color=GRID, linewidth=1, zorder=1)
@@ -188,14 +188,14 @@ def paired_seeds(scores: Mapping[str, Sequence[float]]) -> bytes:
     names = {"scratch": "from scratch\non the labels", "hard": "on the teacher's\nhard labels", "distilled": "distilled"}
     axes.set(xlim=(-0.5, len(arms) - 0.5), ylabel="test score")
     axes.set_xticks(range(len(arms)), [names.get(arm, arm) for arm in arms])
-    return _png(figure)
+    return png(figure)
 
 
 def latency_histogram(report: Mapping[str, Any]) -> bytes:
     """Call times of a race's winner (``LatencyReport.model_dump()``), paced and back to back, beside the host's control."""
     candidate = next(item for item in report["candidates"] if item["runtime"] == report["winner"])
     budget_us = report["budget_us"]
-    figure, axes = _figure()
+    figure, axes = new_figure()
     histogram = candidate["histogram"]
     edges = np.asarray(histogram["edges_us"])
     for name, colour, label in (("back_to_back", _MUTED[0], "back to back"), ("control", _MUTED[1], "control: fixed work"),
@@ -209,12 +209,12 @@ def latency_histogram(report: Mapping[str, Any]) -> bytes:
     axes.xaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=7)
-    return _png(figure)
+    return png(figure)
 
 
 def race(report: Mapping[str, Any]) -> bytes:
     """Each runtime's paced p50, p99 and p99.9 with its interval, against the budget; what was not built is named, too."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     timed = [item for item in report["candidates"] if item["paced"] is not None]
     for y, item in enumerate(timed):
         tail, colour = item["paced"], ACCENT if item["runtime"] == report["winner"] else _MUTED[0]
@@ -238,14 +238,14 @@ def race(report: Mapping[str, Any]) -> bytes:
     axes.minorticks_off()
     axes.annotate(f"budget {report['budget_us']:g} us", (report["budget_us"], 0.02), xycoords=("data", "axes fraction"),
                   color=BAD, fontsize=7.5, rotation=90, ha="right", va="bottom")  # fmt: skip
-    return _png(figure)
+    return png(figure)
 
 
 def _points(frame: pd.DataFrame, by: str, metric: "Metric", models: Sequence[str], order: Sequence[str]) -> bytes:
     """Values with their intervals, dodged by model inside each category."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     width = 0.7 / max(len(models), 1)
-    for i, (model, colour) in enumerate(_colours(models)):
+    for i, (model, colour) in enumerate(colours(models)):
         rows = frame.loc[frame["model"] == model].set_index(by).reindex(list(order))
         x = np.arange(len(order)) + (i - (len(models) - 1) / 2) * width
         value = rows["value"].to_numpy(float)
@@ -259,12 +259,12 @@ def _points(frame: pd.DataFrame, by: str, metric: "Metric", models: Sequence[str
     axes.set_xticks(range(len(order)), labels, rotation=35 if long else 0, ha="right" if long else "center")
     axes.set(xlim=(-0.5, len(order) - 0.5), ylabel=readable(metric.name) + ("" if metric.is_rate else f" [{metric.unit}]"))
     if metric.is_rate:
-        _percent(axes, "y")
+        percent(axes, "y")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=7)
-    return _png(figure)
+    return png(figure)
 
 
-def _colours(models: Iterable[str]) -> list[tuple[str, str]]:
+def colours(models: Iterable[str]) -> list[tuple[str, str]]:
     """(model, colour) in order; the networks' colours are fixed."""
     muted = iter(_MUTED * 4)
     return [(model, _FIXED[model] if model in _FIXED else next(muted)) for model in models]
@@ -288,12 +288,14 @@ def _natural(text: str) -> tuple[float, str]:
         return (float("inf"), text)
 
 
-def _percent(axes: Axes, which: str) -> None:
+def percent(axes: Axes, which: str) -> None:
+    """Ticks of the axes named in ``which`` ("x", "y", "xy") as percentages."""
     for axis in (axes.xaxis,) * ("x" in which) + (axes.yaxis,) * ("y" in which):
         axis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
 
 
-def _figure() -> tuple[Figure, Axes]:
+def new_figure() -> tuple[Figure, Axes]:
+    """An empty picture in the size and style of all the others; write it with :func:`png`."""
     figure = Figure(figsize=(5, 3), dpi=90, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -305,7 +307,8 @@ def _figure() -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """The bytes of the picture, the same for the same picture."""
     for axes in figure.axes:
         for text in (axes.xaxis.label, axes.yaxis.label):
             text.set(fontsize=8.5, color=INK)
