@@ -93,17 +93,21 @@ def read_rows(path: Path, read: Callable[[Path], Inputs]) -> tuple[list[int], In
 
 
 def _decisions(predictor: "Predictor", rows: list[int], inputs: Inputs) -> "list[list[Any]]":
-    """CSV lines: for a classifier the choice, its probability and the runners-up; else every output value."""
+    """CSV lines: where outputs compete the choice, what speaks for it and the runners-up; else every output value.
+
+    A stateful model reads the rows as one user's calls, in order.
+    """
     import numpy as np
 
     decision = predictor.signature.decision
-    values = predictor(inputs)[decision.name].reshape(len(rows), -1)
-    if decision.unit != "probability":
+    outputs = predictor.in_order(inputs) if predictor.signature.state else predictor(inputs)
+    values = outputs[decision.name].reshape(len(rows), -1)
+    if decision.unit not in ("probability", "utility"):
         return [["row", *(f"{decision.name}_{index}" for index in range(values.shape[1]))],
                 *([row, *(f"{value:.6g}" for value in line)] for row, line in zip(rows, values, strict=True))]  # fmt: skip
     what = decision.axes[-1] if decision.axes else decision.name
     order = np.argsort(-values, axis=1, kind="stable")[:, :4]
-    head = [["row", what, "probability", "next_best"]]
+    head = [["row", what, decision.unit, "next_best"]]
     return head + [
         [row, int(best[0]), f"{line[best[0]]:.4f}", " ".join(str(int(index)) for index in best[1:])]
         for row, best, line in zip(rows, order, values, strict=True)

@@ -91,6 +91,13 @@ class RanFunction(ABC):
     def signatures(self, cfg: Any, budget_us: float) -> tuple[ModelSignature, ...]:
         """The deployed models (most functions: one), each with budget, named tensors, masks, carried state."""
 
+    def student_signature(self, cfg: Any, network: Mapping[str, Any], budget_us: float) -> ModelSignature:
+        """The signature of the student that `network` describes; the default is the same for every network.
+
+        Student candidates may differ in their carried state (a GRU's is its hidden units), in nothing else.
+        """
+        return self.signatures(cfg, budget_us)[0]
+
     @abstractmethod
     def head(self) -> "Head":
         """What follows from the kind of output: losses, calibration, distillation (see distillation/heads.py)."""
@@ -171,6 +178,14 @@ class RanFunction(ABC):
     def deployed_predictor(self, run: Run, signature: ModelSignature) -> Predictor:
         """The very file (on onnxruntime, or as its bundle), as a predictor over feature columns."""
         return lambda features: run(self.model_inputs(features))[signature.decision.name]
+
+    def calls(self, features: Arrays, signature: ModelSignature, run: Run) -> dict[str, np.ndarray]:
+        """What the deployed model is called with in the field, one row a call: all tensors of its signature.
+
+        The default is one call a sample. A function whose samples are histories steps through them with `run`, so that
+        the carried state is a real one.
+        """
+        return self.model_inputs(features)
 
     # -- judgement ------------------------------------------------------------------------------------------------
     @abstractmethod

@@ -131,6 +131,22 @@ class Predictor:
             ready[spec.name] = values
         return run_batches(self._session, ready)
 
+    def in_order(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run rows one after the other as one user's calls, the carried state fed back from each to the next.
+
+        It starts at zero, whatever `inputs` say of it. Raises as a call does.
+        """
+        fed = self.signature.state
+        rows = {name: values for name, values in inputs.items() if name not in fed}
+        state: dict[str, np.ndarray] = {}
+        said: list[dict[str, np.ndarray]] = []
+        for row in range(len(next(iter(rows.values()), ()))):
+            said.append(self({**{name: values[row : row + 1] for name, values in rows.items()}, **state}))
+            state = {before: said[-1][after] for before, after in fed.items()}
+        if not said:
+            raise RankdError(f"No rows given; expected {self.signature.input_names}.")
+        return {name: np.concatenate([one[name] for one in said]) for name in said[0]}
+
 
 def load_bundle(path: Path) -> Predictor:
     """Verify the bundle at `path`, then open its model with onnxruntime. A link (to what serves) is followed once."""
@@ -138,44 +154,69 @@ def load_bundle(path: Path) -> Predictor:
     return Predictor(folder, verify_bundle(folder))
 
 
+SLOTS = 3
+"""Slots that the callers of a stateful model run through."""
+
+
 def python_caller(signature: ModelSignature) -> str:
-    """The ten lines that call the model from Python with onnxruntime alone."""
-    names = json.dumps(signature.output_names)
+    """The few lines that call the model from Python with onnxruntime alone; a stateful one in a slot loop."""
+    names, decision, state = json.dumps(signature.output_names), signature.decision.name, signature.state
+    inputs = [
+        f'"{spec.name}": np.ones({(1, *spec.shape)}, dtype="{spec.dtype}"),  # {_describe(spec)}'
+        for spec in signature.inputs if spec.name not in state
+    ]  # fmt: skip
     lines = [
-        '"""Call the model once. Needs numpy and onnxruntime."""',
+        f'"""Call the model once{" a slot, its state carried on" if state else ""}. Needs numpy and onnxruntime."""',
         "from pathlib import Path",
         "import numpy as np",
         "import onnxruntime as ort",
         f'session = ort.InferenceSession(Path(__file__).with_name("{MODEL}"), providers=["CPUExecutionProvider"])',
-        "inputs = {",
     ]
-    for spec in signature.inputs:
-        lines.append(f'    "{spec.name}": np.ones({(1, *spec.shape)}, dtype="{spec.dtype}"),  # {_describe(spec)}')
-    lines += ["}", f"outputs = dict(zip({names}, session.run({names}, inputs), strict=True))"]
-    if signature.state:
-        lines.append(f"# carried state: feed back, next call, {signature.state}")
-    lines.append(f'print("{signature.decision.name}", outputs["{signature.decision.name}"])')
+    if not state:
+        lines += ["inputs = {", *(f"    {line}" for line in inputs), "}"]
+        lines += [f"outputs = dict(zip({names}, session.run({names}, inputs), strict=True))"]
+        lines += [f'print("{decision}", outputs["{decision}"])']
+        return "\n".join(lines) + "\n"
+    zeros = [
+        f'"{spec.name}": np.zeros({(1, *spec.shape)}, dtype="{spec.dtype}")' for spec in signature.inputs if spec.name in state
+    ]  # fmt: skip
+    fed = [f'"{before}": outputs["{after}"]' for before, after in state.items()]
+    lines += [f"state = {{{', '.join(zeros)}}}  # a new user: nothing known yet", f"for slot in range({SLOTS}):"]
+    lines += ["    inputs = {", *(f"        {line}" for line in inputs), "    }"]
+    lines += [f"    outputs = dict(zip({names}, session.run({names}, inputs | state), strict=True))"]
+    lines += [f"    state = {{{', '.join(fed)}}}", f'    print(slot, "{decision}", outputs["{decision}"])']
     return "\n".join(lines) + "\n"
 
 
 def c_caller(csource: CSource, signature: ModelSignature) -> str:
-    """The ten lines that call the model from C."""
-    declared = parameters(csource)
+    """The few lines that call the model from C; a stateful one in a slot loop."""
+    declared = [text.removeprefix("const ") for text in parameters(csource)]
     specs = (*signature.inputs, *signature.outputs)
     if len(declared) != len(specs):
         raise RankdError(f"{csource.header} declares {len(declared)} tensors; the signature has {len(specs)}.")
-    decision = signature.decision
+    names = {spec.name: _declared_name(text) for spec, text in zip(specs, declared, strict=True)}
+    decision, state = signature.decision, signature.state
+    call = f"{csource.name}({', '.join(names.values())});"
+    show = [
+        f"for (int i = 0; i < {decision.elements}; i++)",
+        f'    printf("%g\\n", (double)((const {_c_type(decision.dtype)} *){names[decision.name]})[i]);',
+    ]
+    if state:
+        fed = [f"memcpy({names[before]}, {names[after]}, sizeof {names[before]});" for before, after in state.items()]
+        body = [f"for (int slot = 0; slot < {SLOTS}; slot++) {{", "    /* here: this slot's report into the inputs */"]
+        body += [f"    {line}" for line in (call, *fed, *show)] + ["}"]
+    else:
+        body = [call, *show]
+    every = "once a slot, its state carried on" if state else "once"
     lines = [
-        f"/* Call the model once: cc -O3 caller.c {csource.name}.c -lm && ./a.out */",
+        f"/* Call the model {every}: cc -O3 caller.c {csource.name}.c -lm && ./a.out */",
         "#include <stdio.h>",
+        *(["#include <string.h>"] if state else []),
         f'#include "{csource.header.name}"',
         "int main(void)",
         "{",
         *(f"    static {text} = {{0}}; /* {_describe(spec)} */" for text, spec in zip(declared, specs, strict=True)),
-        f"    {csource.name}({', '.join(_declared_name(text) for text in declared)});",
-        f"    for (int i = 0; i < {decision.elements}; i++)",
-        f'        printf("%g\\n", (double)((const {_c_type(decision.dtype)} *)'
-        f"{_declared_name(declared[specs.index(decision)])})[i]);",
+        *(f"    {line}" for line in body),
         "    return 0;",
         "}",
     ]

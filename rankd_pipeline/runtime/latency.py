@@ -52,7 +52,7 @@ class LatencyConfig(BaseModel):
 class Candidate(BaseModel):
     """One way to run a model: `runtime` names it in reports; `path` is the ONNX file, `csource` its C form.
 
-    `model` tells students apart where several of one signature race. A candidate with `reason` could not be built here and
+    `model` tells students apart where several race. A candidate with `reason` could not be built here and
     is only listed. `shippable` is False for labelled options (native flags): measured, never the winner.
     """
 
@@ -224,6 +224,8 @@ def profile(
     """Race `candidates` on this host and judge them.
 
     `samples` are real inputs, `[n, *shape]` each; calls cycle through them, so that no input is timed twice in a row.
+    Carried state may be left out: it starts at zero and is fed back. Students whose file carries a signature are called
+    by that one, so that they may differ in their state; `signature` sets the budget and the pace of all.
     `cases` are named input sets (default: `mask_cases`), interleaved call by call. `work` holds builds and raw times.
     The winner is the shippable candidate with the best tail, measured again with `cfg.winner_runs`; its verdict is the
     report's. Where several students race (`Candidate.model`), `scores` (larger is better) chooses among those whose tail is
@@ -263,6 +265,17 @@ def profile_onnx(
         return profile(line_up(path, None, folder), signature, cfg, samples, folder, on_progress)
 
 
+class _Bench:
+    """What the runtimes of one student are timed on: its signature, and its samples as files in `folder`."""
+
+    def __init__(self, signature: ModelSignature, cases: Mapping[str, Mapping[str, np.ndarray]], folder: Path) -> None:
+        self.signature, self.folder = signature, folder
+        self.rows = _interleave(signature, cases)
+        folder.mkdir(exist_ok=True)
+        profile_script.save_arrays(folder / "samples.npz", self.rows)
+        _write_flat(signature, self.rows, folder / "samples.bin")
+
+
 class _Race:
     """One race: its inputs as files, its deadline, its results."""
 
@@ -277,13 +290,18 @@ class _Race:
     ) -> None:
         self.signature, self.cfg, self.work, self.on_progress = signature, cfg, work, on_progress
         self.lock = lock
-        self.case_names = list(cases)
-        self.rows = _interleave(signature, cases)
+        self.cases, self.case_names = cases, list(cases)
+        self.benches = {"": _Bench(signature, cases, work)}
         self.started = time.monotonic()
         self.pace_us = min(signature.slot_us, PACE_MAX_US)
         self.host: dict[str, Any] = profile_script.describe_host()
-        profile_script.save_arrays(work / "samples.npz", self.rows)
-        _write_flat(signature, self.rows, work / "samples.bin")
+
+    def bench(self, item: Candidate) -> "_Bench":
+        """The samples that `item`'s student is called with."""
+        if item.model not in self.benches:
+            own = read_signature(item.path, self.signature.budget_us, self.signature.slot_us)
+            self.benches[item.model] = _Bench(own, self.cases, self.work / item.model)
+        return self.benches[item.model]
 
     def run(self, candidates: list[Candidate], scores: Mapping[str, float], limit_us: float | None) -> LatencyReport:
         """Screen all, then measure the best shippable one longest."""
@@ -347,8 +365,9 @@ class _Race:
 
         FP32 must agree; INT8 (where one rounding step is a whole quantum) must be finite, its parity is a gate elsewhere.
         """
-        caller = profile_script.ort_caller(str(item.path), self.rows, self.signature.state)
-        expected = caller.proof(self.signature.state)
+        bench = self.bench(item)
+        caller = profile_script.ort_caller(str(item.path), bench.rows, bench.signature.state)
+        expected = caller.proof(bench.signature.state)
         for name, values in proof.items():
             wanted = expected[name].reshape(values.shape)
             if not np.isfinite(values).all() or (
@@ -358,35 +377,35 @@ class _Race:
 
     def run_script(self, item: Candidate, runs: int, deadline_s: float) -> tuple[Arrays, Arrays]:
         """Raw times and proof of onnxruntime or OpenVINO, measured by profile_script.py with nothing else in the process."""
-        raw = self.work / f"{item.runtime}.npz"
+        bench, raw = self.bench(item), self.work / f"{item.runtime}.npz"
         command = [sys.executable, str(Path(profile_script.__file__)), str(item.path), "--raw", str(raw)]
         command += ["--budget-us", str(self.signature.budget_us), "--slot-us", str(self.pace_us)]
         command += ["--runs", str(runs), "--back-to-back-runs", str(self.cfg.back_to_back_runs)]
-        command += ["--deadline-s", str(deadline_s), "--samples", str(self.work / "samples.npz")]
-        command += ["--state", json.dumps(self.signature.state), "--engine", item.engine]
+        command += ["--deadline-s", str(deadline_s), "--samples", str(bench.folder / "samples.npz")]
+        command += ["--state", json.dumps(bench.signature.state), "--engine", item.engine]
         command += ["--burst-ms", str(self.cfg.burst_ms), "--rest-ms", str(self.cfg.rest_ms)]
         command += ["--warmup", str(self.cfg.warmup_runs)]
         self.execute(command, deadline_s)
         with np.load(raw) as stored:
             self.host |= json.loads(str(stored["host"]))
             times = {name: stored[name] for name in ("back_to_back", "paced", "control")}
-            proof = {name: stored[f"proof.{name}"] for name in self.signature.output_names}
+            proof = {name: stored[f"proof.{name}"] for name in bench.signature.output_names}
         return times, proof
 
     def run_c(self, item: Candidate, runs: int, deadline_s: float) -> tuple[Arrays, Arrays]:
         """Raw times and proof of generated C, measured inside a compiled harness."""
         if item.csource is None:
             raise RankdError(f"candidate {item.runtime} has no C source")
-        binary = self.work / item.runtime
+        bench, binary = self.bench(item), self.work / item.runtime
         adapter = self.work / f"{item.runtime}-adapter.c"
-        adapter.write_text(_adapter(item.csource, self.signature))
+        adapter.write_text(_adapter(item.csource, bench.signature))
         include = f"-I{item.csource.header.parent}"
         compile_c([item.csource.source, adapter, HARNESS], binary, (include,), item.native)
         raw = self.work / f"{item.runtime}.bin"
         core = profile_script.quiet_core()
         numbers = [runs, self.cfg.back_to_back_runs, self.pace_us * 1000, deadline_s * 1000, self.cfg.burst_ms]
         numbers += [self.cfg.rest_ms, self.cfg.warmup_runs, -1 if core is None else core, profile_script.cache_bytes()]
-        command = [str(binary), str(self.work / "samples.bin"), str(raw), *(str(int(number)) for number in numbers)]
+        command = [str(binary), str(bench.folder / "samples.bin"), str(raw), *(str(int(number)) for number in numbers)]
         self.execute(command, deadline_s)
         content = raw.read_bytes()
         back, paced, control, flags = (int(value) for value in np.frombuffer(content, np.int64, 4))
@@ -395,8 +414,8 @@ class _Race:
         parts = np.split(values, np.cumsum([back, paced]))
         times = {"back_to_back": parts[0], "paced": parts[1], "control": parts[2]}
         offset, proof = 32 + values.nbytes, {}
-        shapes = [declared_shape(text) for text in parameters(item.csource)[len(self.signature.inputs) :]]
-        for spec, shape in zip(self.signature.outputs, shapes, strict=True):
+        shapes = [declared_shape(text) for text in parameters(item.csource)[len(bench.signature.inputs) :]]
+        for spec, shape in zip(bench.signature.outputs, shapes, strict=True):
             proof[spec.name] = np.frombuffer(content, spec.dtype, math.prod(shape), offset).reshape(shape)
             offset += proof[spec.name].nbytes
         return times, proof

@@ -7,7 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rankd_pipeline.ran_functions.contract import RanFunction
+from rankd_pipeline.ran_functions.contract import RanFunction, Run
+from rankd_pipeline.runtime.signature import ModelSignature
 from rankd_pipeline.store.artifact import Artifact
 from rankd_pipeline.store.tensors import read_columns, rows_of
 
@@ -32,6 +33,18 @@ def inputs_of_rows(
     """(sample ids [n], model inputs) of the rows that `where` keeps."""
     features = features_of(corpus, function.feature_columns, where)
     return features["sample_id"], function.model_inputs(features)
+
+
+def calls_of_rows(
+    function: RanFunction, corpus: Artifact, split: str, count: int, signature: ModelSignature, run: Run
+) -> dict[str, np.ndarray]:
+    """Up to `count` calls of the deployed model, from samples of a split spread evenly over the corpus."""
+    features = features_of(corpus, function.feature_columns, split_is(split))
+    rows = np.unique(np.linspace(0, len(features["sample_id"]) - 1, min(count, len(features["sample_id"]))).astype(int))
+    calls = function.calls({name: values[rows] for name, values in features.items()}, signature, run)
+    made = len(next(iter(calls.values())))
+    kept = np.linspace(0, made - 1, min(count, made)).astype(int)
+    return {name: values[kept] for name, values in calls.items()}
 
 
 def labels_for(labels: Artifact, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,6 +1,7 @@
 """Step 11: the bundle: the very file that was profiled, proven better than the classical method, with its lineage."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from rankd_pipeline.evaluation.table import write_table
 from rankd_pipeline.ran_functions.contract import Predictor
 from rankd_pipeline.report.page import render_model_card
 from rankd_pipeline.runtime.bundle import MODEL, load_bundle, python_caller, write_bundle
-from rankd_pipeline.runtime.onnx_export import read_metadata
+from rankd_pipeline.runtime.onnx_export import read_metadata, read_signature
 from rankd_pipeline.steps.calibration_scorecard import fitted_baselines
 from rankd_pipeline.steps.data import present_splits
 from rankd_pipeline.steps.promotion import SHIPPED
@@ -38,7 +39,7 @@ def deployment(ctx: StepContext) -> None:
     content["lineage.json"] = lineage
     bundle = ctx.out / "bundle"
     if not bundle.exists():
-        write_bundle(bundle, content, _about(ctx, sha256_file(model)), _card(ctx, sha256_file(model), read_metadata(model)))
+        write_bundle(bundle, content, _about(ctx, sha256_file(model)), _card(ctx, model))
     # These tell times and run ids; the model itself is deterministic.
     ctx.draft.volatile.update(f"bundle/{name}" for name in ("lineage.json", "manifest.json", "model_card.html"))
     _judge(ctx, load_bundle(bundle))
@@ -82,11 +83,11 @@ def _about(ctx: StepContext, digest: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _card(ctx: StepContext, digest: str, metadata: dict[str, str]) -> str:
-    signature = ctx.function.signatures(ctx.corpus_config, ctx.spec.steps.latency_profile.budget_us)[0]
-    about = _about(ctx, digest)
+def _card(ctx: StepContext, model: Path) -> str:
+    signature = read_signature(model)
+    about = _about(ctx, sha256_file(model))
     summary = summarise(ctx.spec, ctx.inputs)
-    lineage = json.loads(metadata["rankd.lineage"])
+    lineage = json.loads(read_metadata(model)["rankd.lineage"])
     tables = tables_of(ctx.inputs)
     tables["Lineage"] = pd.DataFrame([{"step": step, **ids} for step, ids in lineage.items()])
     return render_model_card(

@@ -1,11 +1,11 @@
 """Step 10: every runtime of the deployable files against the budget, paced as a DU calls them; a gate."""
 
-import numpy as np
-
 from rankd_pipeline.report import figures
 from rankd_pipeline.runtime.latency import LatencyConfig, line_up, profile
+from rankd_pipeline.runtime.onnx_export import read_signature
+from rankd_pipeline.runtime.parity import onnx_runner
 from rankd_pipeline.spec import validated
-from rankd_pipeline.steps.data import inputs_of_rows, split_is
+from rankd_pipeline.steps.data import calls_of_rows
 from rankd_pipeline.steps.quantized_onnx import model_file
 from rankd_pipeline.steps.runner import StepContext
 
@@ -23,10 +23,11 @@ def latency_profile(ctx: StepContext) -> None:
     ]  # fmt: skip
     where = f"pipeline {ctx.spec.pipeline}, steps.latency_profile.race"
     config = validated(LatencyConfig, ctx.config.race, where)
-    signature = ctx.function.signatures(ctx.corpus_config, ctx.config.budget_us)[0]
-    _, inputs = inputs_of_rows(ctx.function, ctx.inputs["corpus"], split_is("test"))
-    rows = np.linspace(0, len(next(iter(inputs.values()))) - 1, SAMPLES).astype(int)
-    samples = {name: values[rows] for name, values in inputs.items()}
+    first = files.file(model_file(racing[0], "fp32"))
+    signature = read_signature(first)
+    samples = calls_of_rows(ctx.function, ctx.inputs["corpus"], "test", SAMPLES, signature, onnx_runner(first))
+    # Carried state starts at zero in the race, as in the field: students may differ in it.
+    samples = {name: values for name, values in samples.items() if name not in signature.state}
     (ctx.out / "c").mkdir(exist_ok=True)
     line = [
         entry for name in racing

@@ -11,11 +11,11 @@ import pandas as pd
 from rankd_pipeline.compression.quantization import quantize_int8
 from rankd_pipeline.evaluation.gates import GateResult, verdict_of
 from rankd_pipeline.evaluation.table import concat_tables, write_table
-from rankd_pipeline.ran_functions.contract import Predictor
+from rankd_pipeline.ran_functions.contract import Predictor, Run
 from rankd_pipeline.runtime import c_export, parity
 from rankd_pipeline.runtime.onnx_export import export_onnx, load_session, run_batches
 from rankd_pipeline.runtime.signature import ModelSignature
-from rankd_pipeline.steps.data import inputs_of_rows, present_splits, split_is
+from rankd_pipeline.steps.data import calls_of_rows, present_splits
 from rankd_pipeline.steps.runner import StepContext
 from rankd_pipeline.steps.scoring import evaluate_splits, judge_gates, network_predictor, score_of, score_table
 from rankd_pipeline.steps.teacher import WEIGHTS
@@ -56,11 +56,14 @@ def _candidate(ctx: StepContext, name: str, student: dict[str, Any]) -> tuple[di
     load_weights(module, ctx.inputs["student"].file(f"{name}/{WEIGHTS}"))
     calibration = student["calibration_parameters"]
     deployable = ctx.function.deployable(module, calibration).eval()
-    signature = ctx.function.signatures(ctx.corpus_config, ctx.spec.steps.latency_profile.budget_us)[0]
+    signature = ctx.function.student_signature(
+        ctx.corpus_config, ctx.spec.students[name].network, ctx.spec.steps.latency_profile.budget_us
+    )
     about = {**lineage_of(ctx), "rankd.student": name}
     export_onnx(deployable, signature, files["fp32"], {**about, "rankd.precision": "fp32"})
     ctx.progress(1, 5, f"{name}: INT8")
-    quantize_int8(files["fp32"], files["int8"], _calibration_batches(ctx), {**about, "rankd.precision": "int8"})
+    batches = _calibration_batches(ctx, signature, parity.onnx_runner(files["fp32"]))
+    quantize_int8(files["fp32"], files["int8"], batches, {**about, "rankd.precision": "int8"})
     ctx.progress(2, 5, f"{name}: parity")
     checks = _parity(ctx, files, deployable, signature)
     models: dict[str, Predictor] = {
@@ -118,22 +121,20 @@ def onnx_predictor(ctx: StepContext, path: Path, signature: ModelSignature) -> P
     return ctx.function.deployed_predictor(lambda inputs: run_batches(session, inputs), signature)
 
 
-def _calibration_batches(ctx: StepContext, batch: int = 64) -> Iterator[dict[str, np.ndarray]]:
-    """Training inputs spread evenly over the corpus, batch by batch."""
-    _, inputs = inputs_of_rows(ctx.function, ctx.inputs["corpus"], split_is("train"))
+def _calibration_batches(ctx: StepContext, signature: ModelSignature, run: Run, batch: int = 64) -> Iterator[dict[str, np.ndarray]]:
+    """Calls on training samples spread evenly over the corpus, batch by batch."""
+    inputs = calls_of_rows(ctx.function, ctx.inputs["corpus"], "train", ctx.config.calibration_samples, signature, run)
     count = len(next(iter(inputs.values())))
-    rows = np.linspace(0, count - 1, min(ctx.config.calibration_samples, count)).astype(int)
-    for start in range(0, len(rows), batch):
-        yield {name: values[rows[start : start + batch]] for name, values in inputs.items()}
+    for start in range(0, count, batch):
+        yield {name: values[start : start + batch] for name, values in inputs.items()}
 
 
 def _parity(
     ctx: StepContext, files: dict[str, Path], deployable: Any, signature: ModelSignature
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """torch against ONNX, C against ONNX, for the bounds of the contract."""
-    _, inputs = inputs_of_rows(ctx.function, ctx.inputs["corpus"], split_is("test"))
-    inputs = {name: values[: ctx.config.parity_samples] for name, values in inputs.items()}
     runners = {precision: parity.onnx_runner(path) for precision, path in files.items()}
+    inputs = calls_of_rows(ctx.function, ctx.inputs["corpus"], "test", ctx.config.parity_samples, signature, runners["fp32"])
     found = {"torch_onnx_fp32": parity.parity(parity.torch_runner(deployable, signature), runners["fp32"], inputs)}
     not_built = {}
     for precision, path in files.items():

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankd_pipeline.errors import ArtifactDamaged, RankdError
-from rankd_pipeline.runtime.bundle import load_bundle, verify_bundle, write_bundle
+from rankd_pipeline.runtime.bundle import SLOTS, load_bundle, verify_bundle, write_bundle
 from rankd_pipeline.runtime.c_export import compiler
 from rankd_pipeline.runtime.parity import onnx_runner
 
@@ -94,19 +94,28 @@ def test_bundle_is_never_overwritten_and_needs_its_model(mlp_toy, bundle, tmp_pa
 
 
 def test_callers_run_with_onnxruntime_or_a_compiler_alone(toy, tmp_path):
-    """caller.py prints outputs without rankd on its path; caller.c compiles with -Wall -Werror and agrees with it on zeros."""
+    """caller.py prints outputs without rankd on its path; caller.c compiles with -Wall -Werror and agrees with it on zeros.
+
+    A stateful model is called in a slot loop: every slot sees the state that the one before has left.
+    """
     out = make(toy, tmp_path / "bundle")
-    assert len((out / "caller.py").read_text().splitlines()) <= 16
+    assert len((out / "caller.py").read_text().splitlines()) <= 18
     done = subprocess.run([sys.executable, "-I", str(out / "caller.py")], capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert toy.signature.decision.name in done.stdout
+    decision, fed = toy.signature.decision.name, toy.signature.state
+    assert decision in done.stdout
+    ones = {spec.name: np.ones((SLOTS, *spec.shape), spec.dtype) for spec in toy.signature.inputs if spec.name not in fed}
+    if fed:
+        last = np.array([float(x) for x in re.findall(r"-?\d+\.\d*(?:e[+-]\d+)?", done.stdout.split(f"{SLOTS - 1} {decision}")[1])])
+        np.testing.assert_allclose(last, load_bundle(out).in_order(ones)[decision][-1], rtol=1e-4)
     if compiler() is None:
         return
     program = tmp_path / "caller"
     sources = [out / "caller.c", out / toy.c_fp32.source.name]
     subprocess.run([compiler(), "-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", *sources, "-o", program, "-lm"], check=True)
     printed = subprocess.run([program], capture_output=True, text=True, check=True).stdout
-    zeros = {spec.name: np.zeros((1, *spec.shape), spec.dtype) for spec in toy.signature.inputs}
-    expected = onnx_runner(toy.fp32)(zeros)[toy.signature.decision.name].ravel()
+    zeros = {name: np.zeros_like(values) for name, values in ones.items()}
+    expected = (load_bundle(out).in_order(zeros) if fed else onnx_runner(toy.fp32)(zeros))[decision]
+    expected = expected.ravel() if fed else expected[0]
     np.testing.assert_allclose([float(line) for line in printed.split()], expected, rtol=1e-4, atol=1e-5)
 
 
@@ -117,6 +126,12 @@ def test_predictor_refuses_bad_input_and_starts_state_at_zero(gru_toy, tmp_path)
     without_state = {name: values for name, values in inputs.items() if name != "state"}
     zero = {**inputs, "state": np.zeros((5, 8), np.float32)}
     np.testing.assert_array_equal(predict(without_state)["cell_score"], predict(zero)["cell_score"])
+    stepped = predict.in_order(inputs)
+    state = np.zeros((1, 8), np.float32)
+    for row in range(5):
+        one = predict({**{name: values[row : row + 1] for name, values in inputs.items()}, "state": state})
+        np.testing.assert_array_equal(stepped["cell_score"][row], one["cell_score"][0])
+        state = one["next_state"]
     nan = {**inputs, "cell_rsrp_dbm": np.full((5, 6), np.nan, np.float32)}
     for bad, word in (
         ({"cell_mask": inputs["cell_mask"]}, "missing"),

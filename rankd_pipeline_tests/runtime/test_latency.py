@@ -22,7 +22,9 @@ from rankd_pipeline.errors import Busy, RankdError
 from rankd_pipeline.runtime import latency, profile_script
 from rankd_pipeline.runtime.c_export import compiler
 from rankd_pipeline.runtime.latency import Candidate, CandidateResult, LatencyConfig, judge_times, line_up, pick, profile
+from rankd_pipeline.runtime.onnx_export import export_onnx
 from rankd_pipeline.runtime.profile_script import judge, summarise, tail_interval
+from rankd_pipeline_tests.runtime.toys import HandoverGru
 
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="no C compiler on this host")
 BUDGET_US = 100.0
@@ -197,6 +199,25 @@ def test_a_build_that_computes_something_else_is_not_timed(mlp_toy, gru_toy, tmp
     carried = profile_script.ort_caller(str(gru_toy.fp32), gru_toy.inputs(20), gru_toy.signature.state)
     assert np.abs(carried.proof(gru_toy.signature.state)["cell_score"] - proof["cell_score"]).max() > 1e-4
     assert forgetful.state == {}
+
+
+def test_students_with_states_of_their_own_race_each_by_its_signature(gru_toy, tmp_path):
+    """A GRU of 8 and one of 4 hidden units: both are timed on the same reports, each with a state of its own size."""
+
+    def smaller(specs):
+        return tuple(spec.model_copy(update={"shape": (4,)}) if "state" in spec.name else spec for spec in specs)
+
+    own = gru_toy.signature
+    small = own.model_copy(update={"inputs": smaller(own.inputs), "outputs": smaller(own.outputs)})
+    export_onnx(HandoverGru(hidden=4), small, tmp_path / "small.onnx", {})
+    candidates = [
+        Candidate(runtime=f"{model}-onnxruntime-fp32", model=model, engine="onnxruntime", path=path)
+        for model, path in (("large", gru_toy.fp32), ("small", tmp_path / "small.onnx"))
+    ]
+    reports = {name: values for name, values in gru_toy.inputs(20).items() if name != "state"}
+    report = profile(candidates, gru_toy.signature, QUICK, reports, tmp_path, scores={"large": 0.2, "small": 0.1}, limit_us=1e6)
+    assert [item.reason for item in report.candidates] == ["", ""]
+    assert report.winner == "large-onnxruntime-fp32" and report.budget_us == gru_toy.signature.budget_us
 
 
 def test_nothing_measurable_is_said(mlp_toy, tmp_path):

@@ -28,10 +28,10 @@ class BeamMlp(torch.nn.Module):
 class HandoverGru(torch.nn.Module):
     """Cell RSRP [n, 6] dBm with mask, speed [n, 2] m/s and a carried state [n, 8] -> (scores [n, 4], state [n, 8])."""
 
-    def __init__(self) -> None:
+    def __init__(self, hidden: int = 8) -> None:
         super().__init__()
-        self.cell = torch.nn.GRUCell(14, 8)
-        self.head = torch.nn.Linear(8, 4)
+        self.cell = torch.nn.GRUCell(14, hidden)
+        self.head = torch.nn.Linear(hidden, 4)
 
     def forward(
         self, rsrp_dbm: torch.Tensor, mask: torch.Tensor, speed_mps: torch.Tensor, state: torch.Tensor
