@@ -90,7 +90,9 @@ class StudentCandidate(_Strict):
 
 
 class StudentStep(_Strict):
-    """temperatures: swept on the first seed; alpha: weight of the teacher's part.
+    """temperatures: swept on the first seed where there are several; alpha: weight of the teacher's part of a response loss.
+
+    distillation: how the distilled arm learns from the teacher (distillation.distiller.DistillationConfig).
 
     candidates: named student networks, each with what differs from network, fit and loss. All of them are distilled and
     quantized; the latency race and their scores decide which one is deployed.
@@ -102,6 +104,7 @@ class StudentStep(_Strict):
     candidates: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], StudentCandidate] = {}
     temperatures: tuple[float, ...] = (1.0, 2.0, 4.0, 6.0, 8.0)
     alpha: Share = 0.7
+    distillation: dict[str, Any] = {}
     paired_seeds: int = Field(default=5, ge=2)
 
     def named(self) -> dict[str, StudentCandidate]:
@@ -120,11 +123,14 @@ class LatencyStep(_Strict):
     """budget_us: the function's time budget. race: settings of the latency harness (runtime.latency.LatencyConfig).
 
     limit_us: of several student candidates the best one whose p99.9 is proven within this is deployed (default: the budget).
+    generated_c: C source takes part in the race and in the parity checks. It wins for small MLPs; a transformer's compiles for
+    minutes and loses to the runtimes.
     """
 
     budget_us: float = Field(gt=0)
     limit_us: float | None = Field(default=None, gt=0)
     race: dict[str, Any] = {}
+    generated_c: bool = True
 
 
 class DeploymentStep(_Strict):

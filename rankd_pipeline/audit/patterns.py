@@ -219,7 +219,11 @@ def stuck_components(sample: Sample, spec: ColumnSpec, schema: CorpusSchema) -> 
                     next_step="the component does not move as its neighbours do; check the antenna, the beam, the log column",
                 )
             )
-        others = (~np.isnan(x[~rows])).mean(axis=0) if (~rows).sum() >= MIN_ROWS else None
+        rest = ~rows
+        if spec.padded_by is not None:  # what all rows of like shape lack is padding
+            codes = sample.codes[spec.padded_by]
+            rest &= np.isin(codes, np.unique(codes[rows]))
+        others = (~np.isnan(x[rest])).mean(axis=0) if rest.sum() >= MIN_ROWS else None
         if others is not None and present.any():
             # What this site would report if it missed beams as the others do, scaled to its own mean.
             expected = others * (present.mean() / max(len(part) * others.mean(), 1e-9)) * len(part)

@@ -33,7 +33,7 @@ class ColumnSpec(_Frozen):
     `mask` names the column that says which values exist (1 = measured); a missing value is mask 0 and value 0.
     `valid_range` is inclusive, in `unit`. `categories` are the only values a key may take, each of them expected.
     `expected_missing` is the share of values that is absent by design (only 4 of 16 beams reported: 0.75); what is too weak to
-    be measured comes on top.
+    be measured comes on top. `padded_by` names the key whose groups have shapes of their own, padded to this one.
     """
 
     name: str
@@ -48,6 +48,7 @@ class ColumnSpec(_Frozen):
     role: Role = "feature"
     categories: tuple[str, ...] = ()
     expected_missing: float = Field(default=0.0, ge=0.0, lt=1.0)
+    padded_by: str | None = None
 
     @model_validator(mode="after")
     def _axes_fit_shape(self) -> "ColumnSpec":
@@ -130,6 +131,7 @@ class CorpusSchema(_Frozen):
             *self.balance_columns,
             *self.constant_within,
             *(c.mask for c in self.columns),
+            *(c.padded_by for c in self.columns),
             *(n for v in self.constant_within.values() for n in v),
             *self.held_out.values(),
         ]

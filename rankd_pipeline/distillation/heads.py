@@ -289,10 +289,10 @@ def parameter_count(module: nn.Module) -> int:
 def outputs_of(module: nn.Module, inputs: Mapping[str, np.ndarray], batch: int = 2048) -> np.ndarray:
     """Raw outputs [n, ...] float32 of `module` in eval mode, batch by batch, without gradients."""
     module.eval()
-    count = len(next(iter(inputs.values())))
+    count, device = len(next(iter(inputs.values()))), next((p.device for p in module.parameters()), torch.device("cpu"))
     parts: list[Any] = []
     with torch.no_grad():
         for start in range(0, count, batch):
-            chunk = {name: as_tensor(value[start : start + batch]) for name, value in inputs.items()}
-            parts.append(module(**chunk).float().numpy())
+            chunk = {name: as_tensor(value[start : start + batch]).to(device) for name, value in inputs.items()}
+            parts.append(module(**chunk).float().cpu().numpy())
     return np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)

@@ -1,12 +1,13 @@
 """What a distillation loss may ask of the teacher: its stored soft labels, or a counted pass of the frozen network."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rankd_pipeline.distillation.internals import Internals
 from rankd_pipeline.errors import RankdError
 
 
@@ -36,6 +37,18 @@ class TeacherView:
         with torch.no_grad():
             return self._counted(inputs)(*inputs)
 
+    def internals(self, view: Mapping[str, Tensor]) -> Internals:
+        """Output, attention maps and hidden states for a training view, without gradients; counts one pass a sample."""
+        teacher = self._counted([next(iter(view.values()))])
+        with torch.no_grad():
+            return teacher.internals(view)  # type: ignore[operator]
+
+    def feature_widths(self) -> dict[str, int]:
+        """Width of each hidden state that the teacher shows."""
+        if self._teacher is None:
+            raise RankdError("this distillation loss needs passes of the teacher, and only stored logits are given")
+        return feature_widths(self._teacher)
+
     def hidden(self, inputs: Sequence[Tensor], layers: Sequence[str]) -> dict[str, Tensor]:
         """Outputs of the named submodules for `inputs` (feature and relation losses); counts one pass a sample."""
         teacher = self._counted(inputs)
@@ -59,4 +72,13 @@ class TeacherView:
         if self._teacher is None:
             raise RankdError("this distillation loss needs passes of the teacher, and only stored logits are given")
         self.passes += len(inputs[0])
+        self._teacher.to(inputs[0].device)  # the student's batch says where; after the first pass this moves nothing
         return self._teacher
+
+
+def feature_widths(network: nn.Module) -> dict[str, int]:
+    """Width of each feature in a network's `internals`; RankdError if it shows none."""
+    widths = getattr(network, "feature_widths", None)
+    if widths is None:
+        raise RankdError(f"{type(network).__name__} does not show its inside (no `internals`); mcakd needs a transformer that does")
+    return dict(widths)

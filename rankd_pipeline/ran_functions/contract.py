@@ -77,6 +77,8 @@ class RanFunction(ABC):
     title: ClassVar[str]
     metric: ClassVar[Metric]
     secondary_metrics: ClassVar[tuple[Metric, ...]] = ()
+    self_labelled: ClassVar[bool] = False
+    """True where the label is a part of the sample itself that a task hides (masked modelling): nothing is stored twice."""
     gap_baseline: ClassVar[str]
     """The baseline that generalisation is measured against: what it loses on a held-out site is the site's doing."""
     code_versions: ClassVar[Mapping[str, str]]
@@ -134,6 +136,10 @@ class RanFunction(ABC):
         With softness > 0 the column `target` [C] is a distribution over classes that are nearly as good as the label.
         """
 
+    def own_labels(self, features: Arrays) -> np.ndarray:
+        """The label [n, ...] of each row of a self-labelled function."""
+        raise NotImplementedError(f"{self.name} is not self-labelled")
+
     # -- models ---------------------------------------------------------------------------------------------------
     @abstractmethod
     def model_inputs(self, features: Arrays) -> dict[str, np.ndarray]:
@@ -160,9 +166,20 @@ class RanFunction(ABC):
     def ssl_loss(self, module: "torch.nn.Module", batch: Any, mask_share: tuple[float, float]) -> Any:
         """Self-supervised loss of a batch (masked modelling)."""
 
+    def training_inputs(self, features: Arrays) -> dict[str, np.ndarray]:
+        """What a training batch is drawn from, where views need more than the model inputs (a whole channel to mask)."""
+        return self.model_inputs(features)
+
     def augment(self, batch: Any, **options: Any) -> Any:
         """A training batch as seen this time; the default changes nothing."""
         return batch
+
+    def views(self, batch: Any, **options: Any) -> Sequence[Any]:
+        """The ways in which a training batch is seen at once, each with model inputs and labels; the loss is their mean.
+
+        Draws from torch's global generator, which is seeded by the step: teacher and student share what is drawn.
+        """
+        return (self.augment(batch, **options),)
 
     @abstractmethod
     def deployable(self, module: "torch.nn.Module", calibration: Mapping[str, float]) -> "torch.nn.Module":
@@ -211,6 +228,14 @@ class RanFunction(ABC):
     def latency_cases(self, inputs: Arrays) -> dict[str, dict[str, np.ndarray]]:
         """Named input sets for the latency race; the worst one counts."""
         return {"typical": dict(inputs)}
+
+    def deadlines(self, cfg: Any) -> dict[str, float]:
+        """Named times (us) after which an answer comes too late, shown beside the latency; none by default."""
+        return {}
+
+    def network_figures(self, networks: "Mapping[str, torch.nn.Module]", features: Arrays) -> Iterator[tuple[str, bytes]]:
+        """Pictures of the inside of networks (teacher and student, say) on a few rows, as (name, PNG)."""
+        return iter(())
 
     def figures(self, models: Mapping[str, Predictor], features: Arrays, truth: Arrays) -> Iterator[tuple[str, bytes]]:
         """Extra pictures for the report as (caption, PNG)."""

@@ -98,18 +98,21 @@ def reliability_diagram(before: Reliability, after: Reliability) -> bytes:
 def sample_cdf(table: pd.DataFrame, metric: "Metric", models: Sequence[str], split: str) -> bytes:
     """Distribution over samples of a metric written one row a sample (the CDF of the L1-RSRP loss); the tail is drawn log."""
     figure, axes = new_figure()
-    lowest, top = 1.0, 0.0
+    lowest, top, left = 1.0, 0.0, 0.0
     for model, colour in colours(models):
         rows = select(table, model=model, split=split, metric=metric.name)
         if rows.empty:
             continue
         value, n = rows["value"].to_numpy(), rows["n"].to_numpy(float)
+        if "db" in metric.aggregate:  # rows are linear, their aggregate is in dB
+            value = 10 * np.log10(np.maximum(value, 1e-12))
         order = np.argsort(value, kind="stable")
         above = 1 - np.cumsum(n[order]) / n.sum()
         at = np.unique(np.searchsorted(-above, -np.geomspace(1, 5e-3, 400)).clip(max=len(above) - 1))
         axes.step(value[order][at], np.maximum(above[at], 1e-4), where="post", color=colour, linewidth=1.4, label=readable(model))
         lowest, top = min(lowest, above[0]), max(top, value[order][at[-1]])
-    axes.set(yscale="log", ylim=(5e-3, 1), xlim=(0, top * 1.02 or 1), xlabel=f"{readable(metric.name)} [{metric.unit}]")
+        left = min(left, value[order][0])
+    axes.set(yscale="log", ylim=(5e-3, 1), xlim=(left, top * 1.02 or 1), xlabel=f"{readable(metric.name)} [{metric.unit}]")
     axes.set_ylabel("share of samples above")
     axes.set_yticks([1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01], ["100 %", "50 %", "20 %", "10 %", "5 %", "2 %", "1 %"])
     axes.minorticks_off()
@@ -119,7 +122,9 @@ def sample_cdf(table: pd.DataFrame, metric: "Metric", models: Sequence[str], spl
 
 def scores_by_split(table: pd.DataFrame, metric: "Metric", models: Sequence[str], splits: Sequence[str]) -> bytes:
     """The headline metric of each model on each split, with 95 % intervals by drop."""
-    marked = table.assign(cell="split=" + table["split"].astype(str))
+    # The other parts of the cell stay: an aggregate over cells needs them.
+    cells = table["cell"].astype(str)
+    marked = table.assign(cell=cells.where(cells == "", cells + "|") + "split=" + table["split"].astype(str))
     frame = pd.concat([slices(select(marked, split=s), by="split", metric=metric.name, models=models, splits=[s],
                               aggregate=metric.aggregate, higher_is_better=metric.higher_is_better) for s in splits])  # fmt: skip
     return _points(frame.loc[:, ~frame.columns.duplicated()], "split", metric, models, list(splits))
@@ -130,13 +135,14 @@ def scores_by_cell(table: pd.DataFrame, metric: "Metric", models: Sequence[str],
 
     Values that the test set has are shown on the test set; those that only held-out splits have, marked with an asterisk, there.
     """
-    test = slices(table, by=part, metric=metric.name, models=models, splits=["test"], higher_is_better=metric.higher_is_better)
+    test = slices(table, by=part, metric=metric.name, models=models, splits=["test"], aggregate=metric.aggregate,
+                  higher_is_better=metric.higher_is_better)  # fmt: skip
     seen = set(test[part])
     others = select(table, metric=metric.name)
     new = np.array([parse_cell(str(c)).get(part) not in seen for c in pd.Categorical(others["cell"]).categories] or [False])
     others = others.loc[new[pd.Categorical(others["cell"]).codes] & others["split"].isin(list(splits)).to_numpy()]
     held_out = slices(others.assign(split="held out"), by=part, metric=metric.name, models=models, splits=["held out"],
-                      higher_is_better=metric.higher_is_better)  # fmt: skip
+                      aggregate=metric.aggregate, higher_is_better=metric.higher_is_better)  # fmt: skip
     frame = pd.concat([test, held_out.assign(**{part: held_out[part].astype(str) + "*"})], ignore_index=True)
     return _points(frame, part, metric, models, sorted({str(value) for value in frame[part]}, key=_natural))
 

@@ -166,12 +166,14 @@ def _short(item: CandidateResult) -> dict[str, Any]:
     }
 
 
-def line_up(fp32: Path, int8: Path | None, work: Path, native: bool = False, model: str = "") -> list[Candidate]:
+def line_up(
+    fp32: Path, int8: Path | None, work: Path, native: bool = False, model: str = "", generated_c: bool = True
+) -> list[Candidate]:  # fmt: skip
     """The candidates this host can race: onnxruntime and portable C of each precision, OpenVINO where installed.
 
     C sources are generated into `work`, named as the ONNX files are. `native` adds the FP32 C with -march=native as a
     labelled option. What cannot be built is listed with its reason. `model` goes before the runtimes' names where several
-    students race.
+    students race. `generated_c` False leaves C out.
     """
     before = f"{model}-" if model else ""
     files: list[tuple[Literal["fp32", "int8"], Path]] = [("fp32", fp32)]
@@ -182,7 +184,7 @@ def line_up(fp32: Path, int8: Path | None, work: Path, native: bool = False, mod
         found.append(
             Candidate(runtime=f"{before}onnxruntime-{precision}", model=model, engine="onnxruntime", precision=precision, path=path)
         )
-    for precision, path in files:
+    for precision, path in files if generated_c else []:
         csource, reason = is_buildable(path, work, _c_name(path, precision))
         common = {"model": model, "engine": "c", "precision": precision, "path": path, "csource": csource, "reason": reason}
         found.append(Candidate(runtime=f"{before}c-{precision}", **common))

@@ -135,8 +135,7 @@ def teacher_job(job: dict[str, Any]) -> float:
         function.set_statistics(model, {name: np.asarray(train[name]) for name in names})
     inputs = {name: np.asarray(val[name]) for name in names}
     fit_teacher(
-        function, model, {name: np.asarray(train[name][chosen]) for name in names},
-        {name: np.asarray(train[name][chosen]) for name in LABELS if name in train}, inputs,
+        function, model, {name: np.asarray(train[name][chosen]) for name in [*names, *LABELS] if name in train}, inputs,
         np.asarray(val["label"]), FitConfig.model_validate(job["fit"]).model_copy(update={"threads": 1}), job["loss"], job["seed"],
         out,
     )  # fmt: skip

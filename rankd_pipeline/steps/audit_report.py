@@ -16,7 +16,7 @@ def audit_report(ctx: StepContext) -> None:
     config = validated(AuditConfig, ctx.config.checks, f"pipeline {ctx.spec.pipeline}, steps.audit_report.checks")
     report = audit(
         lambda: iter_tables(corpus.file(FEATURES)),
-        pa.concat_tables(iter_tables(corpus.file(LABELS))),
+        None if ctx.function.self_labelled else pa.concat_tables(iter_tables(corpus.file(LABELS))),
         ctx.function.schema(ctx.corpus_config),
         ctx.spec.steps.corpus.sources,
         config,

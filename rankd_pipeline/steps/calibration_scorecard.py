@@ -13,11 +13,11 @@ from rankd_pipeline.report import figures
 from rankd_pipeline.steps.data import (
     evaluation_data,
     features_of,
-    label_columns,
     labelled_inputs,
     labels_for,
     present_splits,
     split_is,
+    training_columns,
 )
 from rankd_pipeline.steps.runner import StepContext
 from rankd_pipeline.steps.scoring import (
@@ -87,11 +87,11 @@ def fitted_baselines(ctx: StepContext, baselines: list[Baseline]) -> dict[str, P
 def _scratch_student(ctx: StepContext) -> Predictor:
     """The (first) student network trained on the labels alone: a teacher that does not beat it has nothing to teach."""
     corpus, labels, student = ctx.inputs["corpus"], ctx.inputs["oracle_labels"], next(iter(ctx.spec.students.values()))
-    ids, train, _ = labelled_inputs(ctx.function, corpus, labels, "train")
+    _, train = training_columns(ctx.function, corpus, labels, labelled_only=True)
     _, val, val_label = labelled_inputs(ctx.function, corpus, labels, "val")
     write_student_data(
         ctx.scratch / "data",
-        {**train, **label_columns(labels, ids)},
+        train,
         {**val, "label": val_label},
     )
     # As many optimizer steps as a student gets over the full corpus.

@@ -56,9 +56,11 @@ def simulate_job(job: dict[str, Any]) -> int:
 
 def write_shard(out: Path, index: int, features: pa.Table, truth: pa.Table, function: Any) -> None:
     """Write the tables of one shard; the truth goes last and marks the shard as whole."""
-    labelled = features.filter(pc.field("labelled"))["sample_id"].combine_chunks()
-    delivered = function.delivered_labels(truth.filter(pc.field("sample_id").isin(labelled)))
-    for kind, table in ((FEATURES, features), (LABELS, delivered), (TRUTH, truth)):
+    kinds = [(FEATURES, features), (TRUTH, truth)]
+    if not function.self_labelled:
+        labelled = features.filter(pc.field("labelled"))["sample_id"].combine_chunks()
+        kinds.insert(1, (LABELS, function.delivered_labels(truth.filter(pc.field("sample_id").isin(labelled)))))
+    for kind, table in kinds:
         path = _shard_path(out, kind, index)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")

@@ -50,11 +50,16 @@ def calls_of_rows(
 def labels_for(labels: Artifact, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(label [n] or [n, ...], has_label [n] bool) of `ids`; rows without a label hold 0."""
     columns = label_columns(labels, ids)
-    return columns["label"], columns["has_label"].astype(bool)
+    return columns.get("label", np.zeros(len(ids), np.int64)), columns["has_label"].astype(bool)
 
 
 def label_columns(labels: Artifact, ids: np.ndarray) -> dict[str, np.ndarray]:
-    """What a training batch knows of the labels of `ids`: label, has_label, and target [n, C] where class labels are soft."""
+    """What a training batch knows of the labels of `ids`: label, has_label, and target [n, C] where class labels are soft.
+
+    Of a self-labelled function it knows that every row has one; the label itself is in the inputs.
+    """
+    if labels.skipped is not None:
+        return {"has_label": np.ones(len(ids), np.uint8)}
     soft = ["target"] if labels.metrics["softness"] > 0 else []
     table = read_columns(labels.file("labels"), ["sample_id", "label", *soft])
     order = np.argsort(table["sample_id"], kind="stable")
@@ -78,9 +83,28 @@ def labelled_inputs(
     function: RanFunction, corpus: Artifact, labels: Artifact, split: str
 ) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
     """(sample ids, model inputs, label) of the labelled rows of a split."""
+    if function.self_labelled:
+        features = features_of(corpus, function.feature_columns, split_is(split))
+        return features["sample_id"], function.model_inputs(features), function.own_labels(features)
     ids, inputs = inputs_of_rows(function, corpus, split_is(split))
     label, has = labels_for(labels, ids)
     return ids[has], {name: values[has] for name, values in inputs.items()}, label[has]
+
+
+def training_columns(
+    function: RanFunction, corpus: Artifact, labels: Artifact, labelled_only: bool = False
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """(sample ids, columns) of the training rows: training inputs, label columns, and the `group` where there are several."""
+    features = features_of(corpus, [*function.feature_columns, "group"], split_is("train"))
+    names, group = np.unique(features.pop("group").astype(str), return_inverse=True)
+    columns = {**function.training_inputs(features), **label_columns(labels, features["sample_id"])}
+    if len(names) > 1:
+        columns["group"] = group.astype(np.int16)
+    ids = features["sample_id"]
+    if not labelled_only:
+        return ids, columns
+    has = columns["has_label"].astype(bool)
+    return ids[has], {name: values[has] for name, values in columns.items()}
 
 
 def evaluation_data(function: RanFunction, corpus: Artifact, split: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

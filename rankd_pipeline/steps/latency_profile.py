@@ -32,7 +32,7 @@ def latency_profile(ctx: StepContext) -> None:
     line = [
         entry for name in racing
         for entry in line_up(files.file(model_file(name, "fp32")), files.file(model_file(name, "int8")), ctx.out / "c", True,
-                             name if len(racing) > 1 else "")
+                             name if len(racing) > 1 else "", ctx.config.generated_c)
     ]  # fmt: skip
     report = profile(
         line, signature, config, samples, ctx.scratch / "race", lambda text, share: ctx.progress(share, 1.0, text),
@@ -53,3 +53,8 @@ def latency_profile(ctx: StepContext) -> None:
         reason=report.why,
         host=report.host,
     )
+    tail_us = ctx.metrics["p999_us"]
+    ctx.metrics["deadlines"] = [
+        {"name": name, "deadline_us": deadline, "late": tail_us is None or tail_us > deadline}
+        for name, deadline in ctx.function.deadlines(ctx.corpus_config).items()
+    ]

@@ -13,6 +13,8 @@ from rankd_pipeline.store.tensors import column_array, iter_tables, read_columns
 
 def oracle_labels(ctx: StepContext) -> None:
     """Write `labels/part-00000.parquet` (sample_id, label, provenance) for every labelled sample."""
+    if ctx.function.self_labelled:
+        return ctx.skip("the label of a sample is the part of itself that a task hides")
     corpus = ctx.inputs["corpus"]
     labelled = features_of(corpus, ["labelled"], pc.field("labelled"))["sample_id"]
     sources = {"classical_sweep": _sweep(corpus), "simulation_oracle": _oracle(ctx, labelled)}
@@ -34,6 +36,7 @@ def oracle_labels(ctx: StepContext) -> None:
         sweep_label_noise=disagreement(sources["classical_sweep"], sources["simulation_oracle"]),
         rejected_annotations=len(ctx.observed.get("rejected_annotations", [])),
     )
+    return None
 
 
 def merge(sources: dict[str, dict[str, np.ndarray]], precedence: tuple[str, ...]) -> dict[str, np.ndarray]:

@@ -138,6 +138,9 @@ def _parity(
     found = {"torch_onnx_fp32": parity.parity(parity.torch_runner(deployable, signature), runners["fp32"], inputs)}
     not_built = {}
     for precision, path in files.items():
+        if not ctx.spec.steps.latency_profile.generated_c:
+            not_built[f"c_onnx_{precision}"] = {"ok": True, "note": "switched off (steps.latency_profile.generated_c)"}
+            continue
         source, why = c_export.is_buildable(path, ctx.scratch / "c", path.stem)
         if source is None:
             not_built[f"c_onnx_{precision}"] = {"ok": True, "note": why}

@@ -2,6 +2,7 @@
 
 import pyarrow as pa
 
+from rankd_pipeline.distillation.distiller import DistillationConfig
 from rankd_pipeline.distillation.heads import outputs_of
 from rankd_pipeline.steps.data import FEATURES
 from rankd_pipeline.steps.runner import StepContext
@@ -16,6 +17,8 @@ def soft_labels(ctx: StepContext) -> None:
 
     float16 halves the largest table of the chain; its rounding (2^-11 relative) is far below the label noise.
     """
+    if DistillationConfig.model_validate(ctx.spec.steps.student.distillation).online:
+        return ctx.skip("the teacher runs beside the student, on what it sees in that very step (steps.student.distillation)")
     model, head = load_teacher(ctx), ctx.function.head()
     calibration = ctx.inputs["calibration_scorecard"].metrics["calibration_parameters"]
     corpus = ctx.inputs["corpus"]
@@ -31,3 +34,4 @@ def soft_labels(ctx: StepContext) -> None:
         passes += len(soft)
         ctx.progress(index + 1, total, "shards")
     ctx.metrics.update(samples=passes, teacher_passes=passes)
+    return None

@@ -11,7 +11,7 @@ from rankd_pipeline.evaluation.paired import PairedGain, paired_gain
 from rankd_pipeline.evaluation.table import write_table
 from rankd_pipeline.report import figures
 from rankd_pipeline.spec import StudentCandidate, validated
-from rankd_pipeline.steps.data import inputs_of_rows, label_columns, labelled_inputs, present_splits, split_is
+from rankd_pipeline.steps.data import labelled_inputs, present_splits, training_columns
 from rankd_pipeline.steps.runner import StepContext
 from rankd_pipeline.steps.scoring import calibration_of, evaluate_splits, headline, network_predictor, score_table
 from rankd_pipeline.steps.soft_labels import SOFT
@@ -42,8 +42,10 @@ def _candidate(ctx: StepContext, name: str, config: StudentCandidate) -> tuple[d
     head = ctx.function.head()
     temperatures = ctx.config.temperatures if head.tempered else (1.0,)
     of = "" if len(ctx.spec.students) == 1 else f"{name}: "
-    sweep = _train(ctx, [_job(ctx, name, config, "distilled", T, 0) for T in temperatures], of + "temperature sweep")
-    temperature = max(sweep, key=lambda job: job["validation_score"])["temperature"]
+    sweep = []
+    if len(temperatures) > 1:  # a single one is no choice
+        sweep = _train(ctx, [_job(ctx, name, config, "distilled", T, 0) for T in temperatures], of + "temperature sweep")
+    temperature = max(sweep, key=lambda job: job["validation_score"])["temperature"] if sweep else temperatures[0]
     seeds = range(1, ctx.config.paired_seeds + 1)
     trained = _train(
         ctx, [_job(ctx, name, config, arm, temperature, seed) for seed in seeds for arm in head.arms], of + "paired seeds"
@@ -66,7 +68,8 @@ def _candidate(ctx: StepContext, name: str, config: StudentCandidate) -> tuple[d
 
 def _told(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What came out of each job, without where it was trained: a path would make equal students differ."""
-    kept = ("name", "arm", "temperature", "seed", "validation_loss", "validation_score", "divergence", "best_epoch", "history")
+    kept = ("name", "arm", "temperature", "seed", "validation_loss", "validation_score", "divergence", "best_epoch", "history",
+            "distillation")  # fmt: skip
     return [{key: job[key] for key in kept} for job in jobs]
 
 
@@ -77,14 +80,13 @@ def _row(job: dict[str, Any]) -> dict[str, Any]:
 def _lay_out(ctx: StepContext) -> None:
     """Write the arrays of the comparison once, for the workers to map."""
     corpus, labels = ctx.inputs["corpus"], ctx.inputs["oracle_labels"]
-    soft = read_columns(ctx.inputs["soft_labels"].file(SOFT), ["sample_id", "teacher"])
-    ids, inputs = inputs_of_rows(ctx.function, corpus, split_is("train"))
+    ids, train = training_columns(ctx.function, corpus, labels)
     val_ids, val, val_label = labelled_inputs(ctx.function, corpus, labels, "val")
-    write_student_data(
-        ctx.scratch / "data",
-        {**inputs, **label_columns(labels, ids), "teacher": soft["teacher"][rows_of(soft["sample_id"], ids)]},
-        {**val, "label": val_label, "teacher": soft["teacher"][rows_of(soft["sample_id"], val_ids)]},
-    )
+    val = {**val, "label": val_label}
+    if ctx.inputs["soft_labels"].skipped is None:
+        soft = read_columns(ctx.inputs["soft_labels"].file(SOFT), ["sample_id", "teacher"])
+        train["teacher"], val["teacher"] = (soft["teacher"][rows_of(soft["sample_id"], rows)] for rows in (ids, val_ids))
+    write_student_data(ctx.scratch / "data", train, val)
 
 
 def _job(
@@ -94,6 +96,8 @@ def _job(
         "name": f"{candidate}-{arm}-T{temperature:g}-seed{seed}", "function": ctx.spec.function,
         "corpus": ctx.spec.steps.corpus.simulation, "network": config.network, "fit": config.fit, "loss": config.loss,
         "arm": arm, "temperature": temperature, "alpha": ctx.config.alpha, "seed": derive_seed(ctx.spec.seed, "student", seed),
+        "distillation": ctx.config.distillation, "teacher": str(ctx.inputs["teacher"].file(WEIGHTS)),
+        "teacher_network": ctx.spec.steps.teacher.network,
         "data": str(ctx.scratch / "data"), "out": str(ctx.scratch / "students"),
     }  # fmt: skip
 

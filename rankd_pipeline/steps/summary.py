@@ -85,6 +85,14 @@ def tables_of(artifacts: Mapping[str, Artifact]) -> dict[str, pd.DataFrame]:
                 for item in artifacts["latency_profile"].metrics["candidates"]
             ]
         )
+        late = artifacts["latency_profile"].metrics.get("deadlines", [])
+        if late:
+            tables["Is the answer in time? (paced p99.9, one sample)"] = pd.DataFrame(
+                [
+                    {"case": item["name"], "deadline (us)": item["deadline_us"], "in time": "LATE" if item["late"] else "yes"}
+                    for item in late
+                ]
+            )
     return tables
 
 

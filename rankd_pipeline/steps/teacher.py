@@ -11,7 +11,7 @@ import torch
 from rankd_pipeline.distillation.heads import outputs_of, parameter_count
 from rankd_pipeline.ran_functions.contract import Arrays, RanFunction
 from rankd_pipeline.spec import validated
-from rankd_pipeline.steps.data import inputs_of_rows, label_columns, labelled_inputs, split_is
+from rankd_pipeline.steps.data import inputs_of_rows, labelled_inputs, split_is, training_columns
 from rankd_pipeline.steps.runner import StepContext
 from rankd_pipeline.steps.ssl_weights import WEIGHTS
 from rankd_pipeline.training.fit import EpochRecord, FitConfig, FitResult, fit
@@ -23,7 +23,7 @@ def teacher(ctx: StepContext) -> None:
     """Write `weights.safetensors` (input scaling included) and `history.json`."""
     model, seed = new_teacher(ctx), derive_seed(ctx.spec.seed, "teacher")
     corpus, labels = ctx.inputs["corpus"], ctx.inputs["oracle_labels"]
-    ids, train, train_label = labelled_inputs(ctx.function, corpus, labels, "train")
+    _, train = training_columns(ctx.function, corpus, labels, labelled_only=True)
     _, val, val_label = labelled_inputs(ctx.function, corpus, labels, "val")
     config = validated(FitConfig, ctx.config.fit, f"pipeline {ctx.spec.pipeline}, steps.teacher.fit")
 
@@ -32,32 +32,33 @@ def teacher(ctx: StepContext) -> None:
         ctx.progress(record.epoch, record.epochs, text)
 
     result = fit_teacher(
-        ctx.function, model, train, label_columns(labels, ids), val, val_label, config, ctx.config.loss, seed, ctx.scratch, on_epoch
+        ctx.function, model, train, val, val_label, config, ctx.config.loss, seed, ctx.scratch, on_epoch
     )  # fmt: skip
     save_weights(model, ctx.out / WEIGHTS)
     ctx.write_json("history.json", [asdict(record) for record in result.history])
     ctx.metrics.update(
         params=parameter_count(model), best_epoch=result.best_epoch, validation_loss=result.best_value,
-        labelled_samples=len(train_label), ssl=ctx.inputs["ssl_weights"].skipped is None,
+        labelled_samples=len(train["has_label"]), ssl=ctx.inputs["ssl_weights"].skipped is None,
     )  # fmt: skip
     ctx.observed["samples_per_s"] = result.samples_per_s
 
 
 def fit_teacher(
-    function: RanFunction, model: torch.nn.Module, train: Arrays, train_labels: Arrays, val: Arrays, val_label: np.ndarray,
-    config: FitConfig, loss_options: Mapping[str, Any], seed: int, work: Path,
-    on_epoch: Callable[[EpochRecord], None] | None = None,
+    function: RanFunction, model: torch.nn.Module, train: Arrays, val: Arrays, val_label: np.ndarray, config: FitConfig,
+    loss_options: Mapping[str, Any], seed: int, work: Path, on_epoch: Callable[[EpochRecord], None] | None = None,
 ) -> FitResult:  # fmt: skip
-    """Train `model` in place on labelled rows: the head's supervised loss, the function's augmentation."""
+    """Train `model` in place on labelled rows (`training_columns`): the head's supervised loss over the function's views."""
     head = function.head()
 
     def loss(module: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        batch = function.augment(batch, **loss_options)
-        return head.supervised_loss(module(**{name: batch[name] for name in train}), batch)
+        views = function.views(batch, **loss_options)
+        losses = [head.supervised_loss(module(**{name: view[name] for name in val}), view) for view in views]
+        return torch.stack(losses).mean() if len(losses) > 1 else losses[0]
 
-    columns = {**train, **train_labels}
+    columns = {name: values for name, values in train.items() if name != "group"}
     return fit(
-        model, columns, loss, lambda module: head.validation_loss(outputs_of(module, val), val_label), config, seed, work, on_epoch
+        model, columns, loss, lambda module: head.validation_loss(outputs_of(module, val), val_label), config, seed, work, on_epoch,
+        train.get("group"),
     )  # fmt: skip
 
 

@@ -10,10 +10,10 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -46,6 +46,9 @@ class FitConfig(BaseModel):
     ema_decay: float = Field(default=0.0, ge=0, lt=1, description="validate and keep an exponential average of the weights; 0: off")
     threads: int = Field(default=1, ge=1, description="torch threads; two on two busy cores collapse (latency.md)")
     device: str = Field(default="cpu", pattern="^(cpu|cuda|auto)$")
+    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="bf16: the loss under autocast; weights stay fp32")
+    compile: bool = Field(default=False, description="torch.compile of each repeated block (members of a ModuleList)")
+    columns_on: Literal["device", "host"] = Field(default="device", description="host: batches travel, for data beyond the GPU")
     checkpoint_seconds: float = Field(default=5.0, ge=0, description="least time between checkpoints")
 
 
@@ -95,6 +98,8 @@ def fit(
     seed: int,
     work: Path,
     on_epoch: Callable[[EpochRecord], None] | None = None,
+    groups: np.ndarray | None = None,
+    before_epoch: Callable[[Sequence[EpochRecord]], None] | None = None,
 ) -> FitResult:
     """Train `model` in place and leave it in eval mode, on the CPU, holding the weights of the best validation.
 
@@ -108,6 +113,9 @@ def fit(
         work: folder of the checkpoint. The same call with the same folder goes on where a killed one was, and
             ends with the same weights bit for bit; a checkpoint of another fit is ignored and overwritten.
         on_epoch: told each epoch once it is over (not again for epochs before a resume).
+        groups: code [rows] of the group (of like shape) of each row; a batch is drawn within one group.
+        before_epoch: told the records so far before an epoch, and again before the rest of one that a resume takes up;
+            a loss that changes with them is a pure function of the fit's history, and so is the result.
 
     Raises:
         RankdError: no rows, columns of unequal length, or a loss or validation that is no longer finite.
@@ -116,8 +124,8 @@ def fit(
     state = torch.get_rng_state()
     torch.set_num_threads(cfg.threads)
     try:
-        run = _Fit(model, train, loss, validate, cfg, seed, Path(work))
-        return run.run(on_epoch)
+        run = _Fit(model, train, loss, validate, cfg, seed, Path(work), groups)
+        return run.run(on_epoch, before_epoch)
     finally:
         model.cpu().eval()
         torch.set_num_threads(threads)
@@ -127,18 +135,22 @@ def fit(
 class _Fit:
     """The state of one call of `fit`."""
 
-    def __init__(self, model, train, loss, validate, cfg: FitConfig, seed: int, work: Path) -> None:
+    def __init__(self, model, train, loss, validate, cfg: FitConfig, seed: int, work: Path, groups: np.ndarray | None) -> None:
         self.model, self.loss, self.validate, self.cfg, self.seed = model, loss, validate, cfg, seed
         self.columns = {name: as_tensor(value) for name, value in train.items()}
         self.rows = _common_length(self.columns)
-        self.steps_per_epoch = max(1, math.ceil(self.rows / cfg.batch_size))
+        self.groups = _rows_by_group(groups, self.rows)
+        self.steps_per_epoch = sum(math.ceil(len(rows) / cfg.batch_size) for rows in self.groups)
         self.path = work / _CHECKPOINT
         self.identity = _identity(model, self.columns, cfg, seed)
         self.device = _device(cfg.device)
-        self.columns = {name: value.to(self.device) for name, value in self.columns.items()}
+        self.columns_on = self.device if cfg.columns_on == "device" else torch.device("cpu")
+        self.columns = {name: value.to(self.columns_on) for name, value in self.columns.items()}
         model.to(self.device)
+        if cfg.compile:
+            _compile_blocks(model)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = _optimizer(self.parameters, cfg, self.device)
+        self.optimizer = _optimizer(model, cfg)
         self.average = [p.detach().clone() for p in self.parameters] if cfg.ema_decay else []
         self.best = _snapshot(model)
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -147,9 +159,15 @@ class _Fit:
         self.samples, self.train_seconds = 0, 0.0
         self.saved_at = time.monotonic()
 
-    def run(self, on_epoch: Callable[[EpochRecord], None] | None) -> FitResult:
+    def run(
+        self,
+        on_epoch: Callable[[EpochRecord], None] | None,
+        before_epoch: Callable[[Sequence[EpochRecord]], None] | None,
+    ) -> FitResult:
         self._restore()
         while not self.progress.finished:
+            if before_epoch is not None:
+                before_epoch(self.history)
             self._train_epoch()
             record = self._close_epoch()
             if self.progress.finished or time.monotonic() - self.saved_at >= self.cfg.checkpoint_seconds:
@@ -169,18 +187,18 @@ class _Fit:
         """The hot loop: permuted index select from tensors in memory, one fused Adam step, no bookkeeping else."""
         cfg, progress, model, optimizer = self.cfg, self.progress, self.model, self.optimizer
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", progress.epoch))
-        order = torch.randperm(self.rows, generator=generator)
-        batches = order.to(self.device).split(cfg.batch_size)
+        batches = _batches(self.groups, cfg.batch_size, generator)
         model.train()
         started = time.perf_counter()
         while progress.step_in_epoch < self.steps_per_epoch:
-            rows = batches[progress.step_in_epoch]
-            batch = {name: column.index_select(0, rows) for name, column in self.columns.items()}
+            rows = batches[progress.step_in_epoch].to(self.columns_on)
+            batch = {name: column.index_select(0, rows).to(self.device) for name, column in self.columns.items()}
             _seed_step(derive_seed(self.seed, "step", progress.step), self.device)
             lr = _learning_rate(progress.step, cfg.epochs * self.steps_per_epoch, cfg)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            value = self.loss(model, batch)
+            with _autocast(cfg, self.device):
+                value = self.loss(model, batch)
             optimizer.zero_grad(set_to_none=True)
             value.backward()
             if cfg.clip_norm:
@@ -228,7 +246,7 @@ class _Fit:
         trained = [p.detach().clone() for p in self.parameters] if self.average else []
         _assign(self.parameters, self.average)
         self.model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), _autocast(self.cfg, self.device):
             value = float(self.validate(self.model))
         if not math.isfinite(value):
             raise RankdError(
@@ -325,12 +343,42 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _optimizer(parameters: list[nn.Parameter], cfg: FitConfig, device: torch.device) -> torch.optim.Optimizer:
-    """Fused AdamW; biases, norms and other vectors are not decayed."""
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+def _rows_by_group(groups: np.ndarray | None, rows: int) -> list[Tensor]:
+    """Row numbers of each group, in the order of the codes."""
+    if groups is None:
+        return [torch.arange(rows)]
+    if len(groups) != rows:
+        raise RankdError(f"training has {rows} rows, but groups of {len(groups)}")
+    return [torch.from_numpy(np.flatnonzero(groups == code)) for code in np.unique(groups)]
+
+
+def _batches(groups: list[Tensor], size: int, generator: torch.Generator) -> list[Tensor]:
+    """Row numbers of an epoch's batches: each group in random order, then the batches of all groups in random order."""
+    batches = [part for rows in groups for part in rows[torch.randperm(len(rows), generator=generator)].split(size)]
+    if len(groups) == 1:
+        return batches
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
+
+
+def _autocast(cfg: FitConfig, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
+
+
+def _compile_blocks(model: nn.Module) -> None:
+    """Compile the members of each ModuleList in place: alike blocks share one compilation, names of weights stay."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList):
+            for block in module:
+                block.compile(dynamic=True)
+
+
+def _optimizer(model: nn.Module, cfg: FitConfig) -> torch.optim.Optimizer:
+    """Fused AdamW; biases, norms and other vectors are not decayed, nor modules that say `no_weight_decay`."""
+    spared = {id(p) for module in model.modules() if getattr(module, "no_weight_decay", False) for p in module.parameters()}
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in parameters if p.ndim >= 2 and id(p) not in spared]
+    rest = [p for p in parameters if p.ndim < 2 or id(p) in spared]
+    groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, fused=True)
 
 

@@ -146,6 +146,74 @@ def test_resume_after_any_step_ends_in_the_same_bits(tmp_path, stop_at):
     assert resumed.history == whole.history and resumed.best_epoch == whole.best_epoch
 
 
+def test_a_batch_is_of_one_group_and_an_epoch_sees_every_row_once(tmp_path):
+    data = problem(50)
+    groups = np.repeat([3, 7], [20, 30])
+    seen: list[list[int]] = []
+
+    def loss(model, batch):
+        seen.append(sorted(batch["row"].tolist()))
+        return functional.cross_entropy(model(batch["x"]), batch["y"])
+
+    cfg = FitConfig(epochs=3, batch_size=8, lr=1e-3)
+    result = fit(network(), {**data, "row": np.arange(50)}, loss, lambda _: 1.0, cfg, 1, tmp_path, groups=groups)
+    assert result.steps == 3 * (3 + 4)
+    for epoch in range(3):
+        batches = seen[7 * epoch : 7 * (epoch + 1)]
+        assert all(len({int(groups[row]) for row in batch}) == 1 for batch in batches)
+        assert sorted(row for batch in batches for row in batch) == list(range(50))
+    first_rows = [batch[0] < 20 for batch in seen]
+    assert first_rows[:7] != first_rows[7:14] or first_rows[7:14] != first_rows[14:]  # groups take turns, not in one order
+
+
+@pytest.mark.parametrize("stop_at", [14, 40])
+def test_a_loss_that_follows_the_history_resumes_to_the_same_bits(tmp_path, stop_at):
+    cfg = CFG.model_copy(update={"checkpoint_seconds": 0.0})
+
+    def run(work, stop=10**9):
+        turn, steps, model = [1.0], iter(range(10**6)), network()
+
+        def before_epoch(history):
+            turn[0] = 1.0 if not history else history[-1].validation
+
+        def loss(model, batch):
+            if next(steps) == stop:
+                raise Interrupted
+            return turn[0] * noisy_loss(model, batch)
+
+        fit(model, problem(), loss, validator(problem()), cfg, 1, work, before_epoch=before_epoch)
+        return digest(model)
+
+    with pytest.raises(Interrupted):
+        run(tmp_path / "b", stop_at)
+    assert run(tmp_path / "b") == run(tmp_path / "a")
+
+
+def test_modules_may_be_spared_from_weight_decay(tmp_path):
+    class Spared(nn.Linear):
+        no_weight_decay = True
+
+    model = nn.ModuleDict({"decayed": nn.Linear(8, 3), "spared": Spared(8, 3)})
+    start = {name: module.weight.detach().clone() for name, module in model.items()}
+
+    def loss(model, batch):
+        return 0.0 * (model["decayed"](batch["x"]).sum() + model["spared"](batch["x"]).sum())
+
+    fit(model, problem(64), loss, lambda _: 1.0, FitConfig(epochs=4, batch_size=8, lr=1e-2, weight_decay=1.0), 1, tmp_path)
+    assert torch.equal(model["spared"].weight, start["spared"])
+    # The first validation is the best of equals, so one epoch of decay is what is left.
+    assert model["decayed"].weight.norm() < 0.97 * start["decayed"].norm()
+
+
+@pytest.mark.parametrize("settings", [{"precision": "bf16"}, {"columns_on": "host"}])
+def test_settings_for_large_machines_train_as_well(tmp_path, settings):
+    data, model = problem(), network()
+    result = fit(model, data, noisy_loss, validator(data), CFG.model_copy(update=settings), 1, tmp_path)
+    reference = fit(network(), data, noisy_loss, validator(data), CFG, 1, tmp_path / "reference")
+    assert result.best_value == pytest.approx(reference.best_value, abs=0.02)
+    assert all(value.dtype == torch.float32 for value in model.state_dict().values())
+
+
 VICTIM = """
 import sys, time
 from pathlib import Path

@@ -1,0 +1,218 @@
+"""The networks of channel prediction: WiFo's masked transformer in every size, for channels of any shape.
+
+Written from the architecture as published (Liu et al., WiFo, arXiv:2412.08908) and its size table.
+Shapes: B samples, V visible patches, M wanted patches, L = V + M, E = 128 real numbers a patch, D width, H heads.
+A patch's place is its (time, antenna, frequency) index; attention does not care for the order, so the decoder's tokens
+stand as [visible, wanted].
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rankd_pipeline.distillation.heads import RegressionHead
+from rankd_pipeline.distillation.internals import Internals
+from rankd_pipeline.errors import RankdError
+from rankd_pipeline.ran_functions.channel_prediction.config import ELEMENTS
+
+SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"width": 64, "encoder_depth": 6, "decoder_depth": 4, "heads": 8, "expansion": 2},
+    "little": {"width": 128, "encoder_depth": 6, "decoder_depth": 4, "heads": 8, "expansion": 2},
+    "small": {"width": 256, "encoder_depth": 6, "decoder_depth": 4, "heads": 8, "expansion": 2},
+    "base": {"width": 512, "encoder_depth": 6, "decoder_depth": 4, "heads": 8, "expansion": 2},
+    # Expansion 4 is inferred from the published 86.1 M parameters; the released code holds no such size.
+    "large": {"width": 768, "encoder_depth": 8, "decoder_depth": 4, "heads": 8, "expansion": 4},
+    "tiny-wifo": {"width": 256, "encoder_depth": 6, "decoder_depth": 4, "heads": 8, "expansion": 2},
+    "tiny-wifo-v1": {"width": 256, "encoder_depth": 3, "decoder_depth": 2, "heads": 8, "expansion": 2},
+    "tiny-wifo-v2": {"width": 128, "encoder_depth": 6, "decoder_depth": 4, "heads": 8, "expansion": 2},
+    "tiny-wifo-v3": {"width": 128, "encoder_depth": 3, "decoder_depth": 2, "heads": 8, "expansion": 2},
+}
+"""WiFo's sizes, and Tiny-WiFo (the architecture of WiFo-small) with its three smaller versions."""
+
+
+def masked_transformer(size: str | None = None, **network: Any) -> "MaskedChannelTransformer":
+    """A network by the name of its size, single settings over it. Raises: RankdError for an unknown size."""
+    if size is not None and size not in SIZES:
+        raise RankdError(f"network size {size!r}: unknown; expected one of {', '.join(SIZES)}, or width and depths of your own.")
+    return MaskedChannelTransformer(**{**(SIZES[size] if size is not None else {}), **network})
+
+
+class MaskedChannelTransformer(nn.Module):
+    """A masked autoencoder: the encoder sees the visible patches, the decoder fills in the wanted ones."""
+
+    def __init__(
+        self, *, width: int = 64, encoder_depth: int = 3, decoder_depth: int = 2, heads: int = 8, expansion: int = 2
+    ) -> None:
+        super().__init__()
+        if width % heads or width % 2:
+            raise RankdError(f"network: width {width} must be even and a multiple of heads {heads}.")
+        self.embed = nn.Linear(ELEMENTS, width)
+        self.place = Place(width)
+        self.encoder = nn.ModuleList(Block(width, heads, expansion) for _ in range(encoder_depth))
+        self.encoder_norm = nn.LayerNorm(width, eps=1e-6)
+        self.decoder_embed = nn.Linear(width, width)
+        self.mask_token = nn.Parameter(0.02 * torch.randn(width))
+        self.decoder = nn.ModuleList(Block(width, heads, expansion) for _ in range(decoder_depth))
+        self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
+        self.head = nn.Linear(width, ELEMENTS)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, visible_patches: Tensor, visible_at: Tensor, wanted_at: Tensor) -> Tensor:
+        """Predict the wanted patches.
+
+        Args:
+            visible_patches: [B, V, E], unit mean power over a set.
+            visible_at, wanted_at: places [B, V, 3] and [B, M, 3] in patches, any number type. A row whose patches are
+                fewer than the tensor's is padded at the end with places of -1, and its padding comes back as zeros.
+        Returns: [B, M, E].
+        """
+        if torch.compiler.is_exporting():  # an exported graph has one shape and no padding
+            return self._predict(visible_patches, visible_at, wanted_at, None)
+        outputs = None
+        for rows, seen, wanted in _like_shaped(visible_at, wanted_at):
+            part = self._predict(visible_patches[rows, :seen], visible_at[rows, :seen], wanted_at[rows, :wanted], None)
+            if seen == visible_at.shape[1] and wanted == wanted_at.shape[1] and len(part) == len(visible_at):
+                return part
+            if outputs is None:
+                outputs = part.new_zeros(len(visible_at), wanted_at.shape[1], ELEMENTS)
+            outputs[rows, :wanted] = part
+        assert outputs is not None
+        return outputs
+
+    @property
+    def feature_widths(self) -> dict[str, int]:
+        """Width of each feature in `internals`."""
+        return dict.fromkeys(("embedding", "encoder", "decoder"), self.embed.out_features)
+
+    def internals(self, view: Mapping[str, Tensor]) -> Internals:
+        """What distillation may look at, for a view of one shape without padding (inputs and `label` [B, M, E]).
+
+        Attention maps after the softmax of both stacks [B, H, V, V] and [B, H, L, L]; features: every patch's embedding
+        before its place is added [B, L, D], hidden ones too, and each stack's residual stream after its last attention.
+        """
+        found: dict[str, Any] = {}
+        output = self._predict(view["visible_patches"], view["visible_at"], view["wanted_at"], found)
+        found["embedding"] = torch.cat([found["embedding"], self.embed(view["label"].to(output.dtype))], dim=1)
+        features = {name: found[name] for name in ("embedding", "encoder", "decoder")}
+        return Internals(output, {name: tuple(found[f"{name}_maps"]) for name in ("encoder", "decoder")}, features)
+
+    def _predict(self, patches: Tensor, visible_at: Tensor, wanted_at: Tensor, found: dict[str, Any] | None) -> Tensor:
+        embedded = self.embed(patches)
+        x_BVD = self._through("encoder", embedded + self.place(visible_at), found)
+        x_BVD = self.decoder_embed(self.encoder_norm(x_BVD))
+        seen, wanted = visible_at.shape[1], wanted_at.shape[1]
+        hidden = self.mask_token.to(x_BVD.dtype).expand(x_BVD.shape[0], wanted, -1)
+        x_BLD = torch.cat([x_BVD, hidden], dim=1) + self.place(torch.cat([visible_at, wanted_at], dim=1))
+        x_BLD = self._through("decoder", x_BLD, found)
+        if found is not None:
+            found["embedding"] = embedded
+        return self.head(self.decoder_norm(x_BLD[:, seen:]))
+
+    def _through(self, stack: str, x: Tensor, found: dict[str, Any] | None) -> Tensor:
+        if found is not None:
+            found[f"{stack}_maps"] = []
+        blocks = self.encoder if stack == "encoder" else self.decoder
+        for block in blocks:
+            x, attended, weights = block(x, found is not None)
+            if found is not None:
+                found[stack] = attended
+                found[f"{stack}_maps"].append(weights)
+        return x
+
+
+def _like_shaped(visible_at: Tensor, wanted_at: Tensor) -> list[tuple[Any, int, int]]:
+    """Rows of a batch by how many patches they hold: [(row indices or all, V, M)]."""
+    pairs = torch.stack([(at[..., 0] >= 0).sum(dim=1) for at in (visible_at, wanted_at)], dim=1)
+    unique, inverse = torch.unique(pairs, dim=0, return_inverse=True)
+    if len(unique) == 1:
+        return [(slice(None), int(unique[0, 0]), int(unique[0, 1]))]
+    return [(torch.nonzero(inverse == i).flatten(), int(pair[0]), int(pair[1])) for i, pair in enumerate(unique)]
+
+
+class Place(nn.Module):
+    """Fixed sine and cosine of a patch's place: three parts, for time, antenna and frequency, beside each other.
+
+    Each part: sin of place times 10000^(-i / (size / 2)) for all i, then the cosines. The first two parts are as near to
+    a third of the width as an even number comes, the last is the rest.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        third = 2 * round(width / 6)
+        self.parts = (third, third, width - 2 * third)
+        for i, size in enumerate(self.parts):
+            rates = 10000.0 ** (-torch.arange(size // 2, dtype=torch.float64) / (size // 2))
+            self.register_buffer(f"rates_{i}", rates.float(), persistent=False)
+
+    def forward(self, at: Tensor) -> Tensor:
+        """at [B, L, 3] -> [B, L, D]."""
+        found = []
+        for i in range(3):
+            angle = at[..., i, None].float() * self.get_buffer(f"rates_{i}")
+            found += [torch.sin(angle), torch.cos(angle)]
+        return torch.cat(found, dim=-1)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention, then a two-layer perceptron with GELU; no dropout."""
+
+    def __init__(self, width: int, heads: int, expansion: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_attention = nn.LayerNorm(width, eps=1e-6)
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+        self.project = nn.Linear(width, width)
+        self.norm_mlp = nn.LayerNorm(width, eps=1e-6)
+        self.widen = nn.Linear(width, expansion * width)
+        self.narrow = nn.Linear(expansion * width, width)
+
+    def forward(self, x: Tensor, want_map: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Output and residual stream after attention, both [B, L, D], and the attention map [B, H, L, L] where it is wanted."""
+        y = self.norm_attention(x)
+        q, k, v = (layer(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        weights = None
+        if not want_map and not torch.compiler.is_exporting():
+            mixed = functional.scaled_dot_product_attention(q, k, v)
+        else:  # a fused kernel does not give its weights away
+            weights = torch.softmax(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5, dim=-1)
+            mixed = weights @ v
+        attended = x + self.project(mixed.transpose(1, 2).flatten(2))
+        return attended + self.narrow(functional.gelu(self.widen(self.norm_mlp(attended)))), attended, weights
+
+
+class MaskedHead(RegressionHead):
+    """WiFo's loss: the mean squared magnitude of the error over the complex entries of all wanted patches.
+
+    That is twice the mean over the real numbers. Unlike the NMSE of each sample it weighs a strong channel more, as the
+    published loss does. Padding (patches of zeros, which a received channel never has) takes no part in the interval.
+    """
+
+    def supervised_loss(self, outputs: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        return 2.0 * functional.mse_loss(outputs.float(), batch["label"].float())
+
+    def fit_calibration(self, outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        there = np.abs(labels).sum(axis=-1) > 0
+        return super().fit_calibration(outputs[there], labels[there])
+
+
+class Deployable(nn.Module):
+    """The network with the half width of its conformal interval, the same for every entry, as a second output."""
+
+    radius: Tensor
+
+    def __init__(self, network: nn.Module, radius: float) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("radius", torch.tensor([radius], dtype=torch.float32))
+
+    def forward(self, visible_patches: Tensor, visible_at: Tensor, wanted_at: Tensor) -> tuple[Tensor, Tensor]:
+        """channel [B, M, E] and half_width [B, 1]."""
+        channel = self.network(visible_patches, visible_at, wanted_at)
+        return channel, self.radius.expand(channel.shape[0], 1)

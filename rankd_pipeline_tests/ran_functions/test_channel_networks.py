@@ -1,0 +1,119 @@
+"""WiFo's networks: parameter counts of the published table, places, padding, and what they show of their inside."""
+
+import numpy as np
+import pytest
+import torch
+
+from rankd_pipeline.errors import RankdError
+from rankd_pipeline.ran_functions.channel_prediction.networks import (
+    SIZES,
+    Deployable,
+    MaskedChannelTransformer,
+    Place,
+    masked_transformer,
+)
+from rankd_pipeline.ran_functions.channel_prediction.patches import network_inputs
+
+# WiFo's count of all tensors, and Tiny-WiFo's versions; it holds 172 x width numbers of unused place tables.
+PUBLISHED = {
+    "tiny": 366_784, "little": 1_396_992, "small": 5_448_064, "base": 21_512_832, "large": 85_978_496,
+    "tiny-wifo": 5_448_064, "tiny-wifo-v1": 2_812_544, "tiny-wifo-v2": 1_396_992, "tiny-wifo-v3": 734_592,
+}  # fmt: skip
+
+
+def count(network: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_parameters_are_exactly_the_published_ones(size):
+    with torch.device("meta"):
+        network = masked_transformer(size)
+    assert count(network) == PUBLISHED[size] - 172 * SIZES[size]["width"]
+
+
+@pytest.mark.parametrize(("width", "encoder", "decoder"), [(256, 6, 4), (32, 3, 2), (128, 1, 1)])
+def test_the_closed_form(width, encoder, decoder):
+    with torch.device("meta"):
+        network = MaskedChannelTransformer(width=width, encoder_depth=encoder, decoder_depth=decoder)
+    assert count(network) == (encoder + decoder) * (8 * width**2 + 11 * width) + width**2 + 263 * width + 128
+
+
+def test_an_unknown_size_names_the_known_ones():
+    with pytest.raises(RankdError, match="tiny, little, small"):
+        masked_transformer("huge")
+
+
+@pytest.mark.parametrize(
+    ("width", "parts"),
+    [(64, (22, 22, 20)), (128, (42, 42, 44)), (256, (86, 86, 84)), (512, (170, 170, 172)), (768, (256, 256, 256))],
+)
+def test_places_have_the_published_parts(width, parts):
+    place = Place(width)
+    assert place.parts == parts
+    at = torch.tensor([[[3, 0, 5]]])
+    half = parts[0] // 2
+    rates = 10000.0 ** (-np.arange(half) / half)
+    found = place(at)[0, 0].numpy()
+    assert np.allclose(found[:half], np.sin(3 * rates), atol=1e-6)
+    assert np.allclose(found[half : parts[0]], np.cos(3 * rates), atol=1e-6)
+    assert np.allclose(found[parts[0] + parts[1] // 2 : 2 * parts[0]], 1.0)  # antenna 0: all cosines are one
+
+
+def example(n: int = 3, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    csi = rng.standard_normal((n, 16, 128)).astype(np.float32)
+    grid = np.tile(np.array([2, 2, 4], np.int16), (n, 1))
+    grid[-1] = (2, 2, 2)
+    csi[-1, 8:] = 0
+    return csi, grid, np.array(["time", "frequency", "time"][:n])
+
+
+def test_a_padded_row_gets_what_it_gets_alone_and_zeros_behind():
+    torch.manual_seed(0)
+    network = MaskedChannelTransformer(width=32, encoder_depth=2, decoder_depth=1).eval()
+    csi, grid, task = example()
+    together = network_inputs(csi, grid, task)
+    with torch.no_grad():
+        whole = network(**{name: torch.from_numpy(v) for name, v in together.items()})
+        for row in range(3):
+            alone = network_inputs(csi[row : row + 1], grid[row : row + 1], task[row : row + 1])
+            single = network(**{name: torch.from_numpy(v) for name, v in alone.items()})
+            assert torch.allclose(whole[row, : single.shape[1]], single[0], atol=1e-5)
+            assert not whole[row, single.shape[1] :].any()
+
+
+def test_the_order_of_patches_does_not_matter_their_places_do():
+    torch.manual_seed(0)
+    network = MaskedChannelTransformer(width=32, encoder_depth=2, decoder_depth=1).eval()
+    inputs = {name: torch.from_numpy(v[:1]) for name, v in network_inputs(*example()).items()}
+    order = torch.randperm(inputs["visible_at"].shape[1], generator=torch.Generator().manual_seed(1))
+    turned = {**inputs, "visible_patches": inputs["visible_patches"][:, order], "visible_at": inputs["visible_at"][:, order]}
+    with torch.no_grad():
+        assert torch.allclose(network(**inputs), network(**turned), atol=1e-5)
+        moved = {**inputs, "visible_at": inputs["visible_at"][:, order]}
+        assert not torch.allclose(network(**inputs), network(**moved), atol=1e-3)
+
+
+def test_internals_show_the_same_pass():
+    torch.manual_seed(0)
+    network = MaskedChannelTransformer(width=32, encoder_depth=2, decoder_depth=1)
+    csi, grid, task = (values[:2] for values in example())
+    task = np.array(["time", "time"])
+    view = {name: torch.from_numpy(v) for name, v in network_inputs(csi, grid, task).items()}
+    view["label"] = torch.randn(2, view["wanted_at"].shape[1], 128)
+    found = network.internals(view)
+    assert torch.allclose(found.output, network(**{k: v for k, v in view.items() if k != "label"}), atol=1e-5)
+    assert [m.shape for m in found.attention["encoder"]] == [(2, 8, 8, 8)] * 2
+    assert [m.shape for m in found.attention["decoder"]] == [(2, 8, 16, 16)]
+    assert all(torch.allclose(m.sum(-1), torch.ones(()), atol=1e-5) for maps in found.attention.values() for m in maps)
+    assert {name: tuple(x.shape[1:]) for name, x in found.features.items()} == {
+        "embedding": (16, 32), "encoder": (8, 32), "decoder": (16, 32)}  # fmt: skip
+    assert network.feature_widths == {name: x.shape[-1] for name, x in found.features.items()}
+
+
+def test_the_deployed_graph_says_its_interval():
+    network = MaskedChannelTransformer(width=32, encoder_depth=1, decoder_depth=1)
+    inputs = {name: torch.from_numpy(v[:2]) for name, v in network_inputs(*example()).items()}
+    channel, half_width = Deployable(network, 0.25).eval()(*inputs.values())
+    assert channel.shape == (2, 8, 128) and half_width.tolist() == [[0.25], [0.25]]

@@ -1,0 +1,97 @@
+"""Channel prediction at smoke scale through every step: groups of two shapes, a self-labelled corpus, an online teacher."""
+
+import json
+
+import numpy as np
+import pytest
+
+from rankd_pipeline.evaluation.table import read_table
+from rankd_pipeline.settings import settings
+from rankd_pipeline.spec import load_pipeline
+from rankd_pipeline.steps.chain import STEPS
+from rankd_pipeline.steps.runner import open_store, run_step
+from rankd_pipeline.steps.summary import reached, summarise, tables_of
+
+pytestmark = pytest.mark.xdist_group("channel_chain")
+
+
+@pytest.fixture(scope="module")
+def made(template_home, tmp_path_factory):
+    """(settings, spec, artifacts) of a finished smoke chain, run in this process."""
+    home = tmp_path_factory.mktemp("channel-home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RANKD_HOME", str(home))
+        current = settings()
+        store, spec = open_store(current), load_pipeline("channel_prediction").at("smoke")
+        for step in STEPS:
+            run_step(step, spec, store, current)
+        yield current, spec, reached(spec, store)
+
+
+def test_every_step_is_made_and_what_does_not_apply_says_why(made):
+    _, _, artifacts = made
+    assert list(artifacts) == list(STEPS)
+    skipped = {name: artifact.skipped for name, artifact in artifacts.items() if artifact.skipped}
+    assert set(skipped) == {"oracle_labels", "ssl_weights", "soft_labels"}
+    assert "part of itself" in skipped["oracle_labels"] and "beside the student" in skipped["soft_labels"]
+    for artifact in artifacts.values():
+        artifact.verify()
+
+
+def test_the_audit_accepts_groups_of_different_shape(made):
+    audit = json.loads((made[2]["audit_report"].path / "audit.json").read_text())
+    assert audit["verdict"] == "pass", [item for item in audit["findings"] if item["severity"] == "fail"]
+
+
+def test_the_score_is_in_db_and_better_than_saying_nothing(made):
+    _, spec, artifacts = made
+    card = summarise(spec, artifacts).scorecard
+    assert card["metric"] == {"name": "nmse", "unit": "dB", "higher_is_better": False}
+    for part in ("teacher", "student"):
+        assert -20.1 < card[part]["score"] < -0.2
+    assert card["teacher"]["baseline"]["name"] in ("hold", "ar", "wiener")
+    assert {"hold", "ar", "wiener", "lstm"} <= set(artifacts["calibration_scorecard"].metrics["rivals"])
+    assert abs(card["quantized"]["drop"]) < 0.2
+
+
+def test_the_deployed_file_answers_its_shape_and_all_models_are_held_against_it_on_the_same_rows(made):
+    table = read_table(made[2]["deployment"].path / "evaluation.parquet")
+    rows = table[(table["metric"] == "nmse") & (table["split"] == "test")]
+    by_model = rows.groupby("model", observed=True)["unit"].apply(lambda units: tuple(sorted(units)))
+    assert len(set(by_model)) == 1 and set(by_model.index) == {"shipped", "hold", "ar", "wiener"}
+    sets = {cell.split("|")[0] for cell in rows["cell"].astype(str)}
+    assert sets == {"set=D3-s", "set=D8-s"}  # D15-s has another grid
+
+
+def test_the_distilled_arm_says_when_it_asked_its_teacher(made):
+    comparison = json.loads((made[2]["student"].path / "student" / "comparison.json").read_text())
+    jobs = {(job["arm"], job["seed"]): job for job in comparison["paired"]}
+    rows = made[2]["corpus"].metrics["samples_by_split"]["train"]
+    for (arm, _), job in jobs.items():
+        record = job["distillation"]
+        if arm == "scratch":
+            assert record is None
+            continue
+        phases = [turn["phase"] for turn in record["phases"]]
+        assert len(phases) == len(job["history"]) and phases[0] == "AL" and "PL" in phases
+        assert record["teacher_passes"] == 3 * rows * phases.count("PL")
+        assert {name: len(set(slots)) for name, slots in record["selection"].items()} == {
+            "embedding": 16, "encoder": 16, "decoder": 16}  # fmt: skip
+
+
+def test_latency_is_held_against_the_coherence_time_of_each_set(made):
+    _, spec, artifacts = made
+    metrics = artifacts["latency_profile"].metrics
+    deadlines = {item["name"]: item for item in metrics["deadlines"]}
+    assert set(deadlines) == {item["name"] for item in spec.steps.corpus.simulation["sets"]}
+    assert deadlines["D19-s"]["deadline_us"] == pytest.approx(1e6 * 0.423 / (100 / 3.6 * 28e9 / 299792458), rel=1e-6)
+    for item in deadlines.values():
+        assert item["late"] == (metrics["p999_us"] > item["deadline_us"])
+    shown = tables_of(artifacts)
+    assert any("in time" in title for title in shown)
+
+
+def test_intervals_cover_what_they_promise_on_seen_sets(made):
+    table = read_table(made[2]["calibration_scorecard"].path / "evaluation.parquet")
+    rows = table[(table["metric"] == "covered") & (table["model"] == "teacher") & (table["split"] == "test")]
+    assert np.mean(rows["value"]) == pytest.approx(0.9, abs=0.05)
