@@ -29,14 +29,14 @@ def history(function: str, as_json: bool) -> None:
         document = {"entries": [asdict(entry) for entry in entries], "bundle": str(bundle) if bundle else None, "pending": pending}
         click.echo(json.dumps(document, indent=1))
         return
-    ends = {id(service.entry): service.until for service in ledger.services()}
+    ends = {service.entry: service.until for service in ledger.services()}
     table = Table("version", "what", "from", "until", "score", "scale", "why", box=None, pad_edge=False)
     for entry, before in zip(entries, [None, *entries], strict=False):
         if entry.event == "registered":
             continue
         # Lines keep their order whatever the clock says; a clock that was set back is told, not believed.
         back = " (clock was set back)" if before is not None and entry.time < before.time - 1 else ""
-        until = _until(ends[id(entry)]) if id(entry) in ends else ""
+        until = _until(ends[entry]) if entry in ends else ""
         what = {"champion": "served", "rollback": "served (rollback)", "refused": "refused"}[entry.event]
         score = "" if entry.score is None else f"{entry.score:.4f}"
         table.add_row(f"v{entry.version}", what, _when(entry.time) + back, until, score, entry.scale, entry.reason)
