@@ -48,6 +48,10 @@ class Settings:
         """`<pipeline>/bundle` in it is what a consumer reads; `<pipeline>/ledger.jsonl` says since when and why."""
         return self.home / "serving"
 
+    def telemetry_dir(self, pipeline: str) -> Path:
+        """Where a pipeline's telemetry is dropped."""
+        return self.home / "telemetry" / pipeline
+
     @property
     def initialised(self) -> bool:
         return (self.home / "rankd.json").is_file()

@@ -6,6 +6,7 @@ import sys
 import click
 
 from rankd_pipeline.cli.bundles import lineage, predict, profile
+from rankd_pipeline.cli.field import field
 from rankd_pipeline.cli.host import doctor
 from rankd_pipeline.cli.reports import ablate, report
 from rankd_pipeline.cli.runs import functions, init, plan, run, ui

@@ -67,6 +67,10 @@ class Head(Protocol):
         """What the student's temperature and arm are chosen by, on validation; higher is better."""
         ...
 
+    def confidence(self, outputs: np.ndarray) -> np.ndarray:
+        """How sure the deployed model is of each sample [n], 0 to 1, from what it delivers (`predictive` outputs)."""
+        ...
+
     def divergence(self, outputs: np.ndarray, teacher: np.ndarray) -> float:
         """How far outputs [n, ...] are from the teacher's stored ones; 0 where they agree."""
         ...
@@ -115,6 +119,9 @@ class ClassificationHead:
 
     def task_score(self, outputs: np.ndarray, labels: np.ndarray) -> float:
         return float(np.mean(outputs.argmax(axis=1) == labels))
+
+    def confidence(self, outputs: np.ndarray) -> np.ndarray:
+        return outputs.max(axis=1)
 
     def divergence(self, outputs: np.ndarray, teacher: np.ndarray) -> float:
         one = {"temperature": 1.0}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from rankd_pipeline.errors import RankdError
 from rankd_pipeline.runtime.signature import ModelSignature
 
 if TYPE_CHECKING:
@@ -224,6 +225,21 @@ class RanFunction(ABC):
         intervals (they get calibration rows: `ece_bin_*`, or `covered`). A function that is judged in closed loop rolls
         out here instead of predicting sample by sample.
         """
+
+    # -- the field ------------------------------------------------------------------------------------------------
+    shifts: ClassVar[Mapping[str, str]] = {}
+    """Ways in which this function's field can change, by name, each with a sentence; `rankd field` plays them."""
+
+    def field_config(self, cfg: Any, shifts: frozenset[str], rows: int) -> Any:
+        """The corpus configuration of the field that a deployed model works in: `rows` labelled training rows of it.
+
+        Without a shift it is the network as it was when the model was deployed. Raises: RankdError if there is none.
+        """
+        raise RankdError(f"{self.name}: it has no field to play (field_config in its function.py)")
+
+    def field_context(self, cfg: Any, features: Arrays, truth: Arrays) -> dict[str, np.ndarray]:
+        """True values [n] of the quantities of `telemetry.contract.CONTEXT` that a base station can estimate."""
+        return {}
 
     def latency_cases(self, inputs: Arrays) -> dict[str, dict[str, np.ndarray]]:
         """Named input sets for the latency race; the worst one counts."""

@@ -4,11 +4,13 @@
 anything is loaded. The model inside is the file that was profiled, byte for byte.
 """
 
+import gc
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +25,7 @@ from rankd_pipeline.runtime.onnx_export import load_session, read_signature, run
 from rankd_pipeline.runtime.signature import ModelSignature
 
 MODEL, MANIFEST, CARD = "model.onnx", "manifest.json", "model_card.html"
+WARM_UP_CALLS = 200
 PROFILE_SCRIPT = "profile_model.py"  # profile.py would shadow a module of the standard library
 
 
@@ -112,6 +115,35 @@ class Predictor:
 
         Raises RankdError if an input is missing or unknown, has another shape, or is not finite.
         """
+        return run_batches(self._session, self._checked(inputs))
+
+    def timed(self, inputs: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """As `__call__`, but each sample in a call of its own, as a base station makes them: (outputs, time of each call [us]).
+
+        The time is the CPU time of the calling thread: a call costs that on a core of its own, whatever else this host does.
+        """
+        ready, names = self._checked(inputs), self.signature.output_names
+        count = len(next(iter(ready.values())))
+        feeds = [{name: values[row : row + 1] for name, values in ready.items()} for row in range(count)]
+        outputs: list[Any] = []
+        elapsed_ns = np.zeros(count, np.int64)
+        for feed in feeds[:WARM_UP_CALLS]:
+            self._session.run(names, feed)
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            for row, feed in enumerate(feeds):
+                before = time.thread_time_ns()
+                outputs.append(self._session.run(names, feed))
+                elapsed_ns[row] = time.thread_time_ns() - before
+        finally:
+            if collecting:
+                gc.enable()
+        by_name = {name: np.concatenate([item[index] for item in outputs]) for index, name in enumerate(names)}
+        return by_name, elapsed_ns / 1e3
+
+    def _checked(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The model's inputs, in type and shape, or a sentence why they are not."""
         unknown = set(inputs) - set(self.signature.input_names)
         if unknown or not inputs:
             raise RankdError(f"Inputs {sorted(unknown)} are unknown; expected {self.signature.input_names}.")
@@ -129,7 +161,7 @@ class Predictor:
             if values.dtype.kind == "f" and not np.isfinite(values).all():
                 raise RankdError(f"Input {spec.name} holds NaN or infinity; tell missing values by the mask instead.")
             ready[spec.name] = values
-        return run_batches(self._session, ready)
+        return ready
 
     def in_order(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run rows one after the other as one user's calls, the carried state fed back from each to the next.

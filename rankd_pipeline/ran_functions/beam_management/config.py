@@ -119,6 +119,10 @@ class BeamCorpusConfig(_Strict):
     heldout_site_samples: int = Field(default=10_000, ge=0)
     heldout_band_samples: int = Field(default=10_000, ge=0)
     ues_per_drop: int = Field(default=10, ge=1, le=64, description="active users of a sector; they share the sweeps of a drop")
+    delay_scale: float = Field(default=1.0, gt=0, description="stretches all path delays, and so the delay spread")
+    ssb_fault_db: dict[int, float] = Field(
+        default={}, description="SSB beam -> dB that it radiates too little (a broken amplifier)"
+    )
     shard_samples: int = Field(default=1024, ge=1)
     batch_samples: int = Field(default=320, ge=1)
 
@@ -150,6 +154,9 @@ class BeamCorpusConfig(_Strict):
             raise ValueError("heldout_site_samples is set but no site has role heldout")
         if self.heldout_band_samples and all(b.role == "train" for b in self.bands):
             raise ValueError("heldout_band_samples is set but no band has role heldout")
+        unknown = [beam for beam in self.ssb_fault_db if not 0 <= beam < self.n_set_b]
+        if unknown:
+            raise ValueError(f"ssb_fault_db names beam {unknown[0]}; there are 0 to {self.n_set_b - 1}")
         fastest = max(s.speed_kmh[1] for s in self.sites) / 3.6
         way_m = fastest * (self.history - 1) * self.ssb_period_ms * 1e-3
         if way_m > 5.0:
@@ -158,3 +165,57 @@ class BeamCorpusConfig(_Strict):
                 "(lower history, ssb_period_ms or speed_kmh)"
             )
         return self
+
+
+def transmit_power_per_re_dbm(cfg: BeamCorpusConfig, band: BandConfig) -> float:
+    """Total transmit power of the panel in one resource element, from the EIRP of one narrow beam over the whole bandwidth."""
+    total_dbm = band.eirp_dbm - 10 * math.log10(cfg.n_set_a) - cfg.array.element_gain_dbi
+    return total_dbm - 10 * math.log10(12 * band.resource_blocks)
+
+
+# -- the field ------------------------------------------------------------------------------------------------------------
+SHIFTS = {
+    "uma": "the small cells become UMa macro cells (TR 38.901), 25 m high",
+    "speed_60": "users move at 60 km/h instead of 3",
+    "delay_spread_x3": "all path delays, and so the delay spread, three times as long",
+    "band_28": "the carrier is refarmed from the lowest to the highest training band (3.5 to 28 GHz)",
+    "new_site": "half of the users are at a new site: a low panel among towers, all users above it and indoors",
+    "broken_beam": "one SSB beam radiates nothing: its reports are missing",
+    "weak_beam": "one SSB beam is 10 dB too weak: its amplifier is failing",
+}
+WALKING_KMH, DRIVING_KMH = (2.0, 4.0), (55.0, 65.0)
+NEW_SITE = SiteConfig(
+    name="high_rise", scenario="UMi", isd_m=80.0, bs_height_m=4.0, downtilt_deg=-10.0, indoor_share=1.0, speed_kmh=WALKING_KMH
+)  # fmt: skip
+
+
+def field_config(cfg: BeamCorpusConfig, shifts: frozenset[str], rows: int) -> BeamCorpusConfig:
+    """The network's small cells with walking users on its lowest training band, and what `shifts` do to them."""
+    seen = [site for site in cfg.sites if site.role == "seen"]
+    sites = [site for site in seen if site.scenario == "UMi"] or seen
+    bands = sorted((band for band in cfg.bands if band.role == "train"), key=lambda band: band.ghz)
+    if "band_28" in shifts and len(bands) == 1:
+        bands.append(_default_bands()[1])
+    macro = {"scenario": "UMa", "bs_height_m": 25.0, "downtilt_deg": 6.0, "min_distance_m": 35.0}
+    speed = DRIVING_KMH if "speed_60" in shifts else WALKING_KMH
+    placed = [site.model_copy(update={"speed_kmh": speed, **(macro if "uma" in shifts else {})}) for site in sites]
+    if "uma" in shifts:
+        placed = [site.model_copy(update={"isd_m": max(site.isd_m, 200.0)}) for site in placed]
+    if "new_site" in shifts:  # as many users as at all the others together
+        placed += [NEW_SITE.model_copy(update={"name": f"{NEW_SITE.name}_{number}"}) for number in range(1, len(placed) + 1)]
+    beam = cfg.n_set_b // 2 - 1
+    fault = {"broken_beam": 200.0, "weak_beam": 10.0}
+    faults = {beam: max(loss for name, loss in fault.items() if name in shifts)} if shifts & set(fault) else {}
+    return cfg.model_copy(
+        update={
+            "sites": tuple(placed),
+            "bands": (bands[-1 if "band_28" in shifts else 0],),
+            "delay_scale": cfg.delay_scale * (3.0 if "delay_spread_x3" in shifts else 1.0),
+            "ssb_fault_db": {**cfg.ssb_fault_db, **faults},
+            "seen_samples": rows,
+            "heldout_site_samples": 0,
+            "heldout_band_samples": 0,
+            "labelled_share": 1.0,
+            "split_shares": (1.0, 0.0, 0.0),
+        }
+    )

@@ -9,7 +9,12 @@ import numpy as np
 
 from rankd_pipeline.audit.schema import ColumnSpec, CorpusSchema, LabelSpec
 from rankd_pipeline.errors import RankdError
-from rankd_pipeline.ran_functions.beam_management.config import BeamCorpusConfig
+from rankd_pipeline.ran_functions.beam_management.config import (
+    SHIFTS,
+    BeamCorpusConfig,
+    field_config,
+    transmit_power_per_re_dbm,
+)
 from rankd_pipeline.ran_functions.contract import Arrays, Baseline, Metric, Predictor, RanFunction
 from rankd_pipeline.runtime.signature import ModelSignature, TensorSpec
 from rankd_pipeline.spec import validated
@@ -179,6 +184,31 @@ class BeamManagement(RanFunction):
             evaluate_scores(name, predict(features), {"rsrp_dbm": truth[TRUTH]}, meta, name in calibrated)
             for name, predict in models.items()
         )
+
+    # -- the field ------------------------------------------------------------------------------------------------
+    shifts = SHIFTS
+
+    def field_config(self, cfg: BeamCorpusConfig, shifts: frozenset[str], rows: int) -> BeamCorpusConfig:
+        return field_config(cfg, shifts, rows)
+
+    def field_context(self, cfg: BeamCorpusConfig, features: Arrays, truth: Arrays) -> dict[str, np.ndarray]:
+        from rankd_pipeline.radio.reports import noise_per_re_dbm
+
+        ghz = np.asarray(features["band_ghz"], np.float64)
+        bands = {float(np.float32(band.ghz)): band for band in cfg.bands}
+        power_dbm, noise_dbm = np.zeros_like(ghz), np.zeros_like(ghz)
+        for value in np.unique(ghz):
+            band = bands[float(value)]
+            at = ghz == value
+            power_dbm[at] = transmit_power_per_re_dbm(cfg, band)
+            noise_dbm[at] = noise_per_re_dbm(band.scs_khz, band.noise_figure_db)
+        return {
+            "delay_spread_ns": truth["delay_spread_ns"],
+            "doppler_hz": np.asarray(features["speed_kmh"]) / 3.6 * ghz * 1e9 / 299_792_458.0,
+            "k_factor_db": np.where(truth["los"], truth["k_factor_db"], np.nan),
+            "angle_spread_deg": truth["asd_deg"],
+            "snr_db": power_dbm - truth["coupling_loss_db"] - noise_dbm,
+        }
 
     def latency_cases(self, inputs: Arrays) -> dict[str, dict[str, np.ndarray]]:
         """All beams reported, four reported, none: a mask may not change the time, and the race shows it."""

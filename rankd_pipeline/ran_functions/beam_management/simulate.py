@@ -12,7 +12,12 @@ from sionna.phy import config as sionna_config
 
 from rankd_pipeline.radio import codebooks, reports
 from rankd_pipeline.radio.beamspace import BeamspaceChannel, Links, Topology, beam_rsrp_dbm
-from rankd_pipeline.ran_functions.beam_management.config import BandConfig, BeamCorpusConfig, SiteConfig
+from rankd_pipeline.ran_functions.beam_management.config import (
+    BandConfig,
+    BeamCorpusConfig,
+    SiteConfig,
+    transmit_power_per_re_dbm,
+)
 
 # One letter a drop, so that a shard says by itself which of its drops go where.
 SPLIT_OF_CODE = {
@@ -143,9 +148,9 @@ class _BeamLink:
         parts = [codebooks.wide_beams(a.rows, a.cols, cfg.set_b.rows, cfg.set_b.cols)]
         parts += [codebooks.dft_codebook(a.rows, a.cols), self.parents]
         self.beams = torch.from_numpy(np.concatenate(parts))
+        self.fault_db = np.array([cfg.ssb_fault_db.get(beam, 0.0) for beam in range(cfg.n_set_b)], np.float32)
         self.noise_dbm = reports.noise_per_re_dbm(band.scs_khz, band.noise_figure_db)
-        total_dbm = band.eirp_dbm - 10 * math.log10(cfg.n_set_a) - a.element_gain_dbi
-        self.tx_per_re_dbm = total_dbm - 10 * math.log10(12 * band.resource_blocks)
+        self.tx_per_re_dbm = transmit_power_per_re_dbm(cfg, band)
 
     def batch(self, drops: int) -> dict[str, np.ndarray]:
         """Simulate `drops` drops. :returns: columns, one row a user, users of a drop adjacent"""
@@ -153,8 +158,9 @@ class _BeamLink:
         topology, speed_kmh = self._topology(drops, self.rng)
         instants_s = -np.arange(cfg.history - 1, -1, -1) * cfg.ssb_period_ms * 1e-3
         links = self.channel.links(topology, instants_s, self.generator)
-        rsrp = beam_rsrp_dbm(links.paths, links.delay_s, self.beams, self.tx_per_re_dbm, cfg.measurement.n_re, self.band.scs_khz)
-        set_b, now = rsrp[:, :, : cfg.n_set_b], rsrp[:, -1, cfg.n_set_b :]
+        delay_s = links.delay_s * cfg.delay_scale
+        rsrp = beam_rsrp_dbm(links.paths, delay_s, self.beams, self.tx_per_re_dbm, cfg.measurement.n_re, self.band.scs_khz)
+        set_b, now = rsrp[:, :, : cfg.n_set_b] - self.fault_db, rsrp[:, -1, cfg.n_set_b :]
         set_a, parents = now[:, : cfg.n_set_a], now[:, cfg.n_set_a :]
         reported, mask = reports.quantize_report(*self._measure(set_b), cfg.beams_in_report)
         sweep, sweep_found = self._measure(set_a)
@@ -171,6 +177,7 @@ class _BeamLink:
                 -1
             ),
             **_link_columns(links),
+            "delay_spread_ns": links.delay_spread_ns * np.float32(cfg.delay_scale),
         }
 
     def _topology(self, drops: int, rng: np.random.Generator) -> tuple[Topology, np.ndarray]:
