@@ -28,24 +28,10 @@ def rankd() -> None:
     """
 
 
-for command in (
-    init,
-    run,
-    plan,
-    functions,
-    report,
-    ablate,
-    predict,
-    lineage,
-    profile,
-    history,
-    rollback,
-    gc,
-    pin,
-    unpin,
-    doctor,
-    ui,
-):
+COMMANDS = (
+    init, run, plan, functions, report, ablate, predict, lineage, profile, field, history, rollback, gc, pin, unpin, doctor, ui,
+)  # fmt: skip
+for command in COMMANDS:
     rankd.add_command(command)
 
 

@@ -67,8 +67,16 @@ class Head(Protocol):
         """What the student's temperature and arm are chosen by, on validation; higher is better."""
         ...
 
-    def confidence(self, outputs: np.ndarray) -> np.ndarray:
-        """How sure the deployed model is of each sample [n], 0 to 1, from what it delivers (`predictive` outputs)."""
+    def confidence(self, delivered: np.ndarray) -> np.ndarray:
+        """How sure a deployed model is of each sample [n], 0 to 1, from what it delivers; NaN where it does not say."""
+        ...
+
+    def row_scores(self, delivered: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """What each delivered decision [n, ...] was worth by its label [n] or [n, ...]; higher is better."""
+        ...
+
+    def expected_scores(self, delivered: np.ndarray) -> np.ndarray:
+        """The row scores [n] that the model's own certainty promises; NaN where it does not say how certain it is."""
         ...
 
     def divergence(self, outputs: np.ndarray, teacher: np.ndarray) -> float:
@@ -120,8 +128,15 @@ class ClassificationHead:
     def task_score(self, outputs: np.ndarray, labels: np.ndarray) -> float:
         return float(np.mean(outputs.argmax(axis=1) == labels))
 
-    def confidence(self, outputs: np.ndarray) -> np.ndarray:
-        return outputs.max(axis=1)
+    def confidence(self, delivered: np.ndarray) -> np.ndarray:
+        return delivered.max(axis=1)
+
+    def row_scores(self, delivered: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """1 where the chosen class is the label, else 0."""
+        return (delivered.argmax(axis=1) == labels).astype(np.float64)
+
+    def expected_scores(self, delivered: np.ndarray) -> np.ndarray:
+        return delivered.max(axis=1).astype(np.float64)
 
     def divergence(self, outputs: np.ndarray, teacher: np.ndarray) -> float:
         one = {"temperature": 1.0}
@@ -171,6 +186,18 @@ class EventsHead:
 
     def task_score(self, outputs: np.ndarray, labels: np.ndarray) -> float:
         return -self.validation_loss(outputs, labels)
+
+    def confidence(self, delivered: np.ndarray) -> np.ndarray:
+        return np.maximum(delivered, 1.0 - delivered).reshape(len(delivered), -1).mean(axis=1)
+
+    def row_scores(self, delivered: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """1 minus the mean squared error of the probabilities (Brier)."""
+        return 1.0 - ((delivered.astype(np.float64) - labels) ** 2).reshape(len(delivered), -1).mean(axis=1)
+
+    def expected_scores(self, delivered: np.ndarray) -> np.ndarray:
+        """As labels of 0 and 1 would bear out, were the probabilities right."""
+        p = delivered.astype(np.float64)
+        return 1.0 - (p * (1.0 - p)).reshape(len(p), -1).mean(axis=1)
 
     def divergence(self, outputs: np.ndarray, teacher: np.ndarray) -> float:
         wanted = _sigmoid(teacher.astype(np.float64))
@@ -239,6 +266,22 @@ class RegressionHead:
     def task_score(self, outputs: np.ndarray, labels: np.ndarray) -> float:
         return -10.0 * float(np.log10(max(self.validation_loss(outputs, labels), 1e-12)))
 
+    def confidence(self, delivered: np.ndarray) -> np.ndarray:
+        """1 / (1 + expected NMSE)."""
+        return 1.0 / (1.0 + 10.0 ** (-self.expected_scores(delivered) / 10.0))
+
+    def row_scores(self, delivered: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Minus the NMSE in dB."""
+        estimate = delivered[:, 0] if delivered.ndim > labels.ndim else delivered
+        return -_ratio_db((estimate.astype(np.float64) - labels) ** 2, labels.astype(np.float64) ** 2)
+
+    def expected_scores(self, delivered: np.ndarray) -> np.ndarray:
+        """From delivered intervals [n, 2, ...] (estimate, half width), taken as Gaussian; a bare estimate says nothing."""
+        if not self.variance:
+            return np.full(len(delivered), np.nan)
+        sigma = delivered[:, 1].astype(np.float64) / GAUSSIAN_90
+        return -_ratio_db(sigma**2, delivered[:, 0].astype(np.float64) ** 2)
+
     def divergence(self, outputs: np.ndarray, teacher: np.ndarray) -> float:
         return nmse(self.estimate(outputs), teacher)
 
@@ -251,6 +294,12 @@ def nmse(estimate: np.ndarray, truth: np.ndarray) -> float:
     error = ((estimate.astype(np.float64) - truth) ** 2).reshape(len(truth), -1).sum(axis=1)
     power = (truth.astype(np.float64) ** 2).reshape(len(truth), -1).sum(axis=1)
     return float(np.mean(error / np.maximum(power, 1e-12)))
+
+
+def _ratio_db(error: np.ndarray, power: np.ndarray) -> np.ndarray:
+    """Sum of error over sum of power of each sample [n], dB."""
+    ratio = error.reshape(len(error), -1).sum(axis=1) / np.maximum(power.reshape(len(power), -1).sum(axis=1), 1e-12)
+    return 10.0 * np.log10(np.maximum(ratio, 1e-12))
 
 
 def _nmse(estimate: Tensor, truth: Tensor, batch: Mapping[str, Tensor]) -> Tensor:

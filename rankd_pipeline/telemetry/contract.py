@@ -77,7 +77,7 @@ OWN = (
     ColumnSpec(name="session", dtype="int64", role="unit"),
     ColumnSpec(name="site", dtype="string", role="key"),
     ColumnSpec(name="model", dtype="string", role="key"),
-    ColumnSpec(name="confidence", dtype="float32", unit="1", role="context"),
+    ColumnSpec(name="confidence", dtype="float32", unit="1", nullable=True, role="context"),
     ColumnSpec(name="latency_us", dtype="float32", unit="us", valid_range=(0.0, 1e9), role="context"),
 )
 FILLED = ("sample_id", "group", "source", "scenario", "split", "labelled")
@@ -169,8 +169,8 @@ def _column(column: pa.ChunkedArray, spec: ColumnSpec, required: bool) -> tuple[
     usable = present & finite
     if spec.valid_range is not None and not spec.shape:
         usable &= (values >= spec.valid_range[0]) & (values <= spec.valid_range[1])
-    if not required:
-        values = np.where(usable, values, np.nan) if values.dtype.kind == "f" else values
+    if not required or spec.nullable:
+        return (np.where(usable, values, np.nan) if values.dtype.kind == "f" else values), np.ones(n, bool)
     return values, usable
 
 
