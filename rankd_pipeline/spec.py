@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rankd_pipeline.audit.schema import SourceInfo
+from rankd_pipeline.drift.causes import Action, Cause
 from rankd_pipeline.errors import RankdError
 from rankd_pipeline.evaluation.gates import Gate
 from rankd_pipeline.report.scorecard import TARGETS, Target
@@ -137,6 +138,36 @@ class DeploymentStep(_Strict):
     registered_model: str = ""
 
 
+class TelemetryStep(_Strict):
+    """How telemetry is taken in and cut into windows (telemetry/windows.py), and who owns it.
+
+    keep_hours: how far back an artifact reaches. future_s: rows from further ahead are from a wrong clock.
+    """
+
+    window_hours: float = Field(default=1.0, gt=0)
+    min_rows: int = Field(default=1000, ge=1)
+    max_hours: float = Field(default=24.0, gt=0)
+    keep_hours: float = Field(default=48.0, gt=0)
+    future_s: float = Field(default=3600.0, ge=0)
+    owner: str = "operator"
+    may_leave: bool = False
+
+
+class DriftStep(_Strict):
+    """What counts as drift (drift/judge.py).
+
+    reference_windows: how many windows of a champion's service show what is normal. alpha: chance of any false alarm in a
+    window. min_psi: effect below which a significant shift is no drift. causes: what a cause asks for, where it is not
+    the default (drift.causes.DEFAULT_ACTIONS).
+    """
+
+    reference_windows: int = Field(default=5, ge=1)
+    alpha: float = Field(default=0.001, gt=0, lt=0.5)
+    min_psi: float = Field(default=0.2, ge=0)
+    min_labelled: int = Field(default=100, ge=2)
+    causes: dict[Cause, Action] = {}
+
+
 class StepConfigs(_Strict):
     corpus: CorpusStep = CorpusStep()
     audit_report: AuditStep = AuditStep()
@@ -149,6 +180,8 @@ class StepConfigs(_Strict):
     quantized_onnx: QuantizeStep = QuantizeStep()
     latency_profile: LatencyStep
     deployment: DeploymentStep = DeploymentStep()
+    telemetry: TelemetryStep = TelemetryStep()
+    drift_report: DriftStep = DriftStep()
 
 
 class Gates(_Strict):

@@ -62,4 +62,15 @@ CHAIN: tuple[StepInfo, ...] = (
 )  # fmt: skip
 
 STEPS: dict[str, StepInfo] = {info.name: info for info in CHAIN}
+
+FIELD: tuple[StepInfo, ...] = (
+    StepInfo("telemetry", "What came back from the field: finished files, taken in and cut into windows", (), "1",
+             (), ("pyarrow",), reads=("corpus.simulation", "latency_profile.budget_us")),
+    StepInfo("drift_report", "Has the field moved, how good is the champion there, and why: one judgement a window", ("telemetry",),
+             "1", ("baselines",), ("scipy", "scikit-learn", "onnxruntime"),
+             reads=("corpus.simulation", "latency_profile.budget_us")),
+)  # fmt: skip
+"""Steps outside the chain: what comes back from the field. What they read depends on the field, so they are run by steps/watch.py."""
+
+INFO: dict[str, StepInfo] = {**STEPS, **{info.name: info for info in FIELD}}
 GATED = ("audit_report", "calibration_scorecard", "quantized_onnx", "latency_profile", "deployment")

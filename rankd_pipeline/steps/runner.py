@@ -21,7 +21,7 @@ from rankd_pipeline.ran_functions.registry import load_function
 from rankd_pipeline.report.scorecard import gate_text
 from rankd_pipeline.settings import Settings
 from rankd_pipeline.spec import PipelineSpec
-from rankd_pipeline.steps.chain import STEPS, StepInfo
+from rankd_pipeline.steps.chain import INFO, STEPS, StepInfo
 from rankd_pipeline.store.artifact import Artifact, Draft, Recipe, Store
 
 
@@ -39,6 +39,7 @@ class StepContext:
     workers: int
     home: Path
     note: Callable[[str], None] = field(default=lambda text: None)
+    given: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def config(self) -> Any:
@@ -87,15 +88,15 @@ def host_id() -> str:
     return f"{model or platform.machine()} x{os.cpu_count()}"
 
 
-def recipe_of(step: str, spec: PipelineSpec, inputs: Mapping[str, Artifact]) -> Recipe:
-    """The recipe of `step` under `spec` with these inputs."""
-    info, function = STEPS[step], load_function(spec.function)
+def recipe_of(step: str, spec: PipelineSpec, inputs: Mapping[str, Artifact], given: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe of `step` under `spec` with these inputs; `given` is what a field step is given beside them, as JSON."""
+    info, function = INFO[step], load_function(spec.function)
     facets = [f"{facet}={function.code_versions.get(facet, '0')}" for facet in info.facets]
     return Recipe(
         pipeline=spec.pipeline,
         step=step,
         code_version="+".join([info.code_version, *facets]),
-        config=spec.config_of(step, info.reads),
+        config={**spec.config_of(step, info.reads), **({"given": dict(given)} if given else {})},
         scale=spec.scale,
         seed=spec.seed,
         variant=spec.variant,
@@ -176,10 +177,11 @@ def run_with_inputs(
     current: Settings,
     run_id: str | None = None,
     note: Callable[[str], None] = lambda text: None,
+    given: Mapping[str, Any] | None = None,
 ) -> Artifact:
     """`run_step` over given input artifacts."""
-    info = STEPS[step]
-    recipe = recipe_of(step, spec, inputs)
+    info = INFO[step]
+    recipe = recipe_of(step, spec, inputs, given)
     with store.lock(f"{spec.pipeline}-{step}-{recipe.digest}", wait=note):
         cached = store.get(spec.pipeline, step, recipe.digest)
         if cached is not None:
@@ -192,7 +194,8 @@ def run_with_inputs(
         draft = store.draft(recipe)
         with progress_of(current.progress_dir, spec.pipeline, step) as progress, _readable_failures(step, store):
             context = StepContext(
-                spec, info, load_function(spec.function), inputs, draft, store, progress, current.workers, current.home, note
+                spec, info, load_function(spec.function), inputs, draft, store, progress, current.workers, current.home, note,
+                given or {},
             )  # fmt: skip
             started = time.monotonic()
             getattr(import_module(f"rankd_pipeline.steps.{step}"), step)(context)

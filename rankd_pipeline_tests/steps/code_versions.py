@@ -13,7 +13,7 @@ from pathlib import Path
 
 import rankd_pipeline
 from rankd_pipeline.ran_functions.registry import function_names, load_function
-from rankd_pipeline.steps.chain import CHAIN
+from rankd_pipeline.steps.chain import INFO
 
 PACKAGE = Path(rankd_pipeline.__file__).parent
 RECORD = Path(__file__).with_name("code_versions.json")
@@ -83,8 +83,8 @@ def hash_of(start: str, stop: tuple[str, ...]) -> str:
 def current() -> dict[str, dict[str, str]]:
     """{what: {version, hash}} of every step and every facet, as the tree is now."""
     found = {}
-    for info in CHAIN:
-        others = tuple(f"steps.{other.name}" for other in CHAIN if other.name != info.name)
+    for info in INFO.values():
+        others = tuple(f"steps.{other.name}" for other in INFO.values() if other.name != info.name)
         found[f"step {info.name}"] = {
             "version": info.code_version,
             "hash": hash_of(f"rankd_pipeline.steps.{info.name}", (*PLUMBING, *others)),
