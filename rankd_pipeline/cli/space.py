@@ -21,7 +21,7 @@ def gc(for_real: bool) -> None:
 
     current = settings()
     store = open_store(current)
-    plan = sweep(store, ledgers(current.serving_dir), _pins(current).all())
+    plan = sweep(store, ledgers(current.serving_dir), {**_field_pins(current), **_pins(current).all()})
     _show(plan)
     if for_real:
         apply(store, plan)
@@ -75,6 +75,18 @@ def unpin(recipe: str) -> None:
         raise RankdError(f"{recipe}: expected the beginning of one pinned recipe; pinned are: {', '.join(known) or 'none'}.")
     pins.write({item: why for item, why in known.items() if item != found[0]})
     click.echo(f"unpinned {found[0]}")
+
+
+def _field_pins(current: Settings) -> dict[str, str]:
+    """What the telemetry folders' records name: the current telemetry and report, and what shows what is normal."""
+    from rankd_pipeline.telemetry.inbox import Inbox
+
+    found: dict[str, str] = {}
+    for folder in sorted((current.home / "telemetry").glob("*")):
+        record = Inbox(folder).record()
+        found |= {record[step]: f"the current {step}" for step in ("telemetry", "drift_report") if record[step]}
+        found |= {item["telemetry"]: "shows what is normal" for item in record.get("references", {}).values()}
+    return found
 
 
 def _pins(current: Settings) -> "Pins":

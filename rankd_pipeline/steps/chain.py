@@ -70,7 +70,7 @@ FIELD: tuple[StepInfo, ...] = (
              "1", ("baselines",), ("scipy", "scikit-learn", "onnxruntime"),
              reads=("corpus.simulation", "latency_profile.budget_us")),
 )  # fmt: skip
-"""Steps outside the chain: what comes back from the field. What they read depends on the field, so they are run by steps/watch.py."""
+"""Steps outside the chain: what comes back from the field. What they read depends on it, so steps/watch.py runs them."""
 
 INFO: dict[str, StepInfo] = {**STEPS, **{info.name: info for info in FIELD}}
 GATED = ("audit_report", "calibration_scorecard", "quantized_onnx", "latency_profile", "deployment")

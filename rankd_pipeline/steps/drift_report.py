@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from rankd_pipeline.drift.causes import DEFAULT_ACTIONS
+from rankd_pipeline.drift.causes import DEFAULT_ACTIONS, Action, Cause
 from rankd_pipeline.drift.judge import Judgement, Quality, Rows, Rules, judge, quality_of
 from rankd_pipeline.drift.plots import drift_figures
 from rankd_pipeline.ran_functions.contract import Predictor
@@ -67,7 +67,7 @@ class _Field:
         if champion is None:
             return self.rows(columns)
         predictor = load_bundle(champion.file("bundle"))
-        output = predictor(self.ctx.function.model_inputs(columns))[predictor.signature.decision.name]
+        output = self.ctx.function.deployed_predictor(predictor, predictor.signature)(columns)
         model = np.full(len(output), champion.recipe, dtype=object)
         return self.rows({**columns, "output": output, "confidence": self.head.confidence(output), "model": model})
 
@@ -101,7 +101,7 @@ class _Field:
 def rules_of(ctx: StepContext) -> Rules:
     """The pipeline's drift settings as the judge takes them."""
     config = ctx.spec.steps.drift_report
-    actions = {**DEFAULT_ACTIONS, **config.causes}
+    actions: dict[Cause, Action] = {**DEFAULT_ACTIONS, **config.causes}
     return Rules(config.alpha, config.min_psi, config.min_labelled, ctx.spec.steps.latency_profile.budget_us, actions)
 
 
@@ -121,7 +121,13 @@ def _window(ctx: StepContext, field: _Field, window: Window, number: int) -> dic
         why = "shows what is normal" if field.reference is not None else NO_REFERENCE
         return {**entry, "state": state, "why": why, **_outcome(quality_of(rows, field.rules), rows, field.rules)}
     verdict = judge(field.reference, rows, field.schema, field.rules, derive_seed(ctx.spec.seed, "drift", number) % 2**32)
-    return {**entry, "state": "judged", "why": _sentence(verdict), **_outcome(verdict.quality, rows, field.rules), **_verdict(verdict)}
+    return {
+        **entry,
+        "state": "judged",
+        "why": _sentence(verdict),
+        **_outcome(verdict.quality, rows, field.rules),
+        **_verdict(verdict),
+    }
 
 
 def _outcome(quality: Quality, rows: Rows, rules: Rules) -> dict[str, Any]:

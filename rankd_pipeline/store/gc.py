@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from rankd_pipeline.store.artifact import Artifact, Store
 from rankd_pipeline.store.ledger import SERVES, Ledger
 
 KEEP_RUNS = 3
+FIELD_STEPS = {"telemetry", "drift_report"}
+"""Steps that look at the field; a run of nothing else is no run of the chain."""
 DRAFT_DAYS = 7.0
 
 
@@ -82,10 +85,16 @@ def sweep(store: Store, ledgers: Iterable[Ledger], pins: Mapping[str, str], now:
     old_runs: list[tuple[str, str]] = []
     for pipeline in sorted({item.pipeline for item in artifacts.values()}):
         scales: set[str] = set()
-        for position, run in enumerate(store.runs(pipeline)):
-            if position >= KEEP_RUNS and run.scale in scales:
+        seen: Counter[bool] = Counter()
+        for run in store.runs(pipeline):
+            # A chain and a look at the field are counted apart: the field is looked at every hour.
+            in_field = set(run.recipes) <= FIELD_STEPS
+            position = seen[in_field]
+            seen[in_field] += 1
+            if position >= KEEP_RUNS and (in_field or run.scale in scales):
                 old_runs.append((pipeline, run.run_id))
-            scales.add(run.scale)
+            if not in_field:
+                scales.add(run.scale)
             for recipe in run.recipes.values() if position < KEEP_RUNS else ():
                 _reach(recipe, f"run {run.run_id[:8]}", artifacts, kept)
     for recipe, why in pins.items():

@@ -102,11 +102,11 @@ def hour_columns(function: RanFunction, cfg: Any, job: Mapping[str, Any]) -> dic
     features, truth, labels, world = simulated(function, cfg, frozenset(job["shifts"]), job["rows"], seed)
     n, sessions = len(features["drop_id"]), np.unique(features["drop_id"])
     predictor = load_bundle(Path(job["bundle"]))
-    outputs, latency_us = predictor.timed(function.model_inputs(features))
+    output = function.deployed_predictor(predictor, predictor.signature)(features)
+    latency_us = np.resize(predictor.call_times_us(function.calls(features, predictor.signature, predictor)), n)
     if SLOW_HOST in job["shifts"]:
         waits = rng.random(n) < 0.05
         latency_us = latency_us + np.where(waits, rng.uniform(1.0, 4.0, n) * job["budget_us"], 0.0)
-    output = outputs[predictor.signature.decision.name]
     begins = np.sort(rng.uniform(0.0, HOUR_S - 1.0, len(sessions)))
     of_row = np.searchsorted(sessions, features["drop_id"])
     has_label = (rng.random(len(sessions)) < job["labelled_share"])[of_row]

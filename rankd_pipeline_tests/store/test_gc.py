@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rankd_pipeline.errors import Busy, RankdError
-from rankd_pipeline.store.artifact import MANIFEST, Store
+from rankd_pipeline.store.artifact import MANIFEST, Recipe, Store
 from rankd_pipeline.store.gc import Pins, apply, find_recipe, sweep
 from rankd_pipeline.store.ledger import Ledger
 from rankd_pipeline_tests.store.test_artifact import HOLDER, script
@@ -42,6 +42,19 @@ def test_a_run_that_only_reused_counts_as_a_run(tmp_path: Path) -> None:
     for artifact in first.values():
         store.note_use(artifact, "nightly")
     assert {item.recipe for item in first.values()} <= set(sweep(store, [], {}).kept)
+
+
+def test_looks_at_the_field_do_not_push_the_chain_out(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    recipes = run(store, 0, "chain")
+    for hour in range(6):
+        draft = store.draft(Recipe("toy", "telemetry", "1", {"hour": hour}, "laptop", 0, "default", {}, {}))
+        (draft.out / "data").write_text(str(hour))
+        store.note_use(store.publish(draft, {}), f"hour-{hour}")
+    plan = sweep(store, [], {})
+    assert set(recipes.values()) <= set(plan.kept)
+    assert [item.manifest["recipe"]["config"]["hour"] for item in plan.removable] and len(plan.removable) == 3
+    assert {run_id for _, run_id in plan.old_runs} == {"hour-0", "hour-1", "hour-2"}
 
 
 def test_every_champion_there_ever_was_is_kept(tmp_path: Path) -> None:
