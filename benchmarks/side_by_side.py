@@ -230,7 +230,63 @@ def _eager_p50_us(module, samples: dict[str, np.ndarray], calls: int = 3000) -> 
     return statistics.median(times[calls // 5 :]) / 1000
 
 
-COMPARISONS: dict[str, Callable[[], list[Row]]] = {"training": training, "corpus": corpus, "latency": latency, "chain": chain}
+def memory(times: int = 10) -> list[Row]:
+    """Peak resident memory of the whole process tree of `rankd run` with ten times the corpus, against the laptop corpus.
+
+    One epoch of everything: how long a network trains does not change what it holds.
+    """
+    import yaml
+
+    from rankd_pipeline.spec import deep_merge, pipeline_files
+
+    document = yaml.safe_load(pipeline_files()["beam_management"].read_text())
+    sizes = document["attributes"]["steps"]["corpus"]["simulation"]
+    brief = {
+        "ssl_weights": {"fit": {"epochs": 1}}, "teacher": {"fit": {"epochs": 1, "validate_every": 1}},
+        "student": {"fit": {"epochs": 1, "validate_every": 1}, "temperatures": [1], "paired_seeds": 2},
+        "latency_profile": {"race": {"paced_runs": 300, "winner_runs": 600, "back_to_back_runs": 300, "max_seconds": 15}},
+    }  # fmt: skip
+    peaks = {}
+    for factor in (1, times):
+        large = {name: value * factor if name.endswith("_samples") else value for name, value in sizes.items()}
+        # Gates are no matter here, and one epoch does not pass them.
+        document["attributes"] |= {"gates": {}, "scales": {"laptop": deep_merge(brief, {"corpus": {"simulation": large}})}}
+        with tempfile.TemporaryDirectory() as home:
+            (Path(home) / "defs.yaml").write_text(yaml.safe_dump(document))
+            peaks[factor] = _peak_bytes(["run", f"{home}/defs.yaml", "--scale", "laptop"], home)
+    ratio = peaks[times] / peaks[1]
+    ours, reference = (f"{peaks[factor] / 2**30:.2f} GiB ({factor} x)" for factor in (times, 1))
+    met = ratio <= 1.2 and peaks[1] < 4 * 2**30
+    return [Row(f"peak memory of the chain, {times} times the corpus", ours, reference, ratio, "<= 1.2, < 4 GiB", met)]
+
+
+def _peak_bytes(arguments: list[str], home: str) -> int:
+    """The largest sum of resident memory over a `rankd` command's process tree, sampled five times a second."""
+    import contextlib
+    import subprocess
+    import sys
+
+    import psutil
+
+    environment = {**os.environ, "RANKD_HOME": home}
+    process = subprocess.Popen([sys.executable, "-m", "rankd_pipeline.cli", *arguments], env=environment, stdout=subprocess.DEVNULL)
+    peak = 0
+    while process.poll() is None:
+        total = 0
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for item in (parent := psutil.Process(process.pid)).children(recursive=True) + [parent]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    total += item.memory_info().rss
+        peak = max(peak, total)
+        time.sleep(0.2)
+    if process.returncode:
+        raise SystemExit(f"rankd {' '.join(arguments)} ended with exit code {process.returncode}")
+    return peak
+
+
+COMPARISONS: dict[str, Callable[[], list[Row]]] = {
+    "training": training, "corpus": corpus, "latency": latency, "chain": chain, "memory": memory
+}  # fmt: skip
 
 
 def machine() -> str:

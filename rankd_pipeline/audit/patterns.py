@@ -603,8 +603,11 @@ def _cross_predicted(sample: Sample, schema: CorpusSchema, around: Neighbours) -
     return likely
 
 
-def _noise_of(wrong: np.ndarray, reach: float, where: str, level: float = 0.025) -> LabelNoise:
-    """Clopper-Pearson interval of the share of wrong labels, scaled by the share `reach` of them that can show."""
+def _noise_of(wrong: np.ndarray, reach: float, where: str, level: float = 0.005) -> LabelNoise:
+    """Clopper-Pearson interval of the share of wrong labels, scaled by the share `reach` of them that can show.
+
+    A 99 % interval by default: a corpus is audited every night, and one alarm in forty would soon be ignored.
+    """
     n, k = len(wrong), int(wrong.sum())
     low = float(beta.ppf(level, k, n - k + 1)) if k else 0.0
     high = float(beta.ppf(1 - level, k + 1, n - k)) if k < n else 1.0
