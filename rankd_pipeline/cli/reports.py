@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from rankd_pipeline.cli.console import console
-from rankd_pipeline.cli.runs import SCALE
+from rankd_pipeline.cli.console import SCALE, console
 from rankd_pipeline.errors import RankdError
 from rankd_pipeline.settings import Settings, settings
 

@@ -6,16 +6,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from rankd_pipeline.cli.console import console
+from rankd_pipeline.cli.console import SCALE, console
 from rankd_pipeline.errors import RankdError
 from rankd_pipeline.settings import Settings, settings
 
 if TYPE_CHECKING:
     from rankd_pipeline.orchestration.execute import RunOutcome
     from rankd_pipeline.spec import PipelineConfig
-
-# Kept here so that --help needs no pydantic; a test holds it equal to spec.SCALES.
-SCALE = click.Choice(["smoke", "laptop", "gpu"])
 
 
 @click.command()

@@ -29,8 +29,8 @@ import numpy as np
 import pandas as pd
 
 from rankd_pipeline.errors import RankdError
-from rankd_pipeline.evaluation.gates import parse_aggregate, split_term
 from rankd_pipeline.evaluation.table import parse_cell, select
+from rankd_pipeline.evaluation.terms import parse_aggregate, split_term
 
 RESAMPLES = 2000
 MIN_CELL_SAMPLES = 30  # a cell with fewer says nothing about its mean, and would always be "the worst"

@@ -16,13 +16,13 @@ can turn "inconclusive" into an answer, a lucky draw is not taken for one.
 This module is loaded by the code location, so numpy and pandas are imported only when a gate is evaluated.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from rankd_pipeline.errors import RankdError
+from rankd_pipeline.evaluation.terms import parse_aggregate, split_term
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,35 +30,6 @@ if TYPE_CHECKING:
 Verdict = Literal["pass", "fail", "inconclusive"]
 Comparator = Literal[">=", "<=", "<", ">"]
 BEST_BASELINE = "best_baseline"  # as a term's model: the best of the given baselines on that split
-_AGGREGATE = re.compile(r"(?P<name>mean|db|db_of_cells|cells_db|ece|off_by|worst_cell|quantile)(?:\((?P<argument>[^()]+)\))?")
-_BY_CELL = ("worst_cell", "db_of_cells", "cells_db")
-
-
-def parse_aggregate(text: str) -> tuple[str, str | None]:
-    """Split ``"quantile(0.95)"`` into name and argument; RankdError says what is allowed."""
-    match = _AGGREGATE.fullmatch(text.strip())
-    name, argument = (match["name"], match["argument"]) if match else (None, None)
-    if name in ("quantile", "off_by"):
-        try:
-            ok = argument is not None and 0.0 < float(argument) < 1.0
-        except ValueError:
-            ok = False
-    else:
-        ok = name in _BY_CELL or (name is not None and argument is None)
-    if not ok or name is None:
-        raise RankdError(
-            f"Aggregate {text!r} is unknown; expected mean, db, ece, worst_cell, cells_db or db_of_cells (these three also with "
-            "(<part>,...)), quantile(<0..1>) or off_by(<0..1>)."
-        )
-    return name, argument
-
-
-def split_term(term: str) -> tuple[str, str]:
-    """``"teacher@test"`` -> ``("teacher", "test")``."""
-    model, at, split = term.partition("@")
-    if not (model and at and split) or "@" in split:
-        raise RankdError(f"Term {term!r} is not 'model@split', e.g. 'teacher@test'.")
-    return model, split
 
 
 def _as_value_error(check: Callable[[str], object], text: str) -> None:

@@ -9,8 +9,9 @@ import torch
 
 from rankd_pipeline.distillation.heads import Calibration
 from rankd_pipeline.evaluation.bootstrap import Estimate, estimate
-from rankd_pipeline.evaluation.gates import Gate, GateResult, evaluate_gate, split_term
+from rankd_pipeline.evaluation.gates import Gate, GateResult, evaluate_gate
 from rankd_pipeline.evaluation.table import concat_tables
+from rankd_pipeline.evaluation.terms import split_term
 from rankd_pipeline.ran_functions.contract import Arrays, Baseline, Metric, Predictor
 from rankd_pipeline.steps.data import evaluation_data
 from rankd_pipeline.steps.runner import StepContext

@@ -16,8 +16,9 @@ from onnx import TensorProto, helper
 
 from rankd_pipeline.cli import main
 from rankd_pipeline.cli.bundles import read_rows
+from rankd_pipeline.cli.console import SCALE
 from rankd_pipeline.cli.live import Board, watched
-from rankd_pipeline.cli.runs import SCALE, _say_outcome
+from rankd_pipeline.cli.runs import _say_outcome
 from rankd_pipeline.errors import Busy, GateStopped, RankdError
 from rankd_pipeline.orchestration.execute import RunOutcome, StepEvent
 from rankd_pipeline.progress import progress_of
