@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rankd_pipeline.audit.schema import SourceInfo
 from rankd_pipeline.drift.causes import Action, Cause
@@ -192,6 +192,36 @@ class Gates(_Strict):
     deployment: tuple[Gate, ...] = ()
 
 
+class AblationArm(_Strict):
+    """One way to train the student. arm: one of the head's. student: what differs from steps.student."""
+
+    arm: str = "distilled"
+    student: dict[str, Any] = {}
+
+
+class AblationColumn(_Strict):
+    """A column of the grid's tables: the headline metric on a split, on part of the cells."""
+
+    split: str = "test"
+    where: dict[str, str | list[str]] = {}
+
+
+class Ablation(_Strict):
+    """The grid of `rankd ablate`: arms over paired seeds. tables: title -> arms and models of the scorecard, in order."""
+
+    seeds: int = Field(default=5, ge=2)
+    reference: str = ""
+    arms: dict[str, AblationArm] = {}
+    columns: dict[str, AblationColumn] = {}
+    tables: dict[str, tuple[str, ...]] = {}
+
+    @model_validator(mode="after")
+    def _reference_is_an_arm(self) -> "Ablation":
+        if self.arms and self.reference not in self.arms:
+            raise ValueError(f"reference {self.reference!r} is not one of the arms ({', '.join(self.arms)})")
+        return self
+
+
 class Schedule(_Strict):
     """Nightly re-distillation. cron: five fields; timezone: IANA name; enabled: switched on when the daemon starts."""
 
@@ -204,7 +234,8 @@ class PipelineConfig(_Strict):
     """The `attributes` of a pipeline's defs.yaml.
 
     steps: the configuration at `laptop` scale. scales and variants: what differs, merged over it in that order.
-    targets: what a run is held against beside its gates, after those that hold for every function.
+    targets: what a run is held against beside its gates, after those that hold for every function. ablation: the grid of
+    `rankd ablate`; a scale may change parts of it under its own key `ablation`.
     """
 
     pipeline: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
@@ -216,6 +247,7 @@ class PipelineConfig(_Strict):
     variants: dict[str, dict[str, Any]] = {}
     gates: Gates = Gates()
     targets: tuple[Target, ...] = ()
+    ablation: Ablation = Ablation()
     schedule: Schedule = Schedule()
 
     def at(self, scale: str = "laptop", seed: int = 0, variant: str = "default") -> "PipelineSpec":
@@ -228,13 +260,15 @@ class PipelineConfig(_Strict):
         if variant != "default" and variant not in self.variants:
             known = ", ".join(["default", *self.variants])
             raise RankdError(f"variant {variant!r}: unknown in pipeline {self.pipeline}; expected one of {known}.")
-        merged = deep_merge(self.steps, self.scales.get(scale, {}))
+        over = dict(self.scales.get(scale, {}))
+        grid = deep_merge(self.ablation.model_dump(), over.pop("ablation", {}))
+        merged = deep_merge(self.steps, over)
         if variant != "default":
             merged = deep_merge(merged, self.variants[variant])
         steps = validated(StepConfigs, merged, f"pipeline {self.pipeline}, steps")
         return PipelineSpec(
             pipeline=self.pipeline, function=self.function, scale=scale, seed=seed, variant=variant, steps=steps, gates=self.gates,
-            targets=(*TARGETS, *self.targets),
+            targets=(*TARGETS, *self.targets), ablation=validated(Ablation, grid, f"pipeline {self.pipeline}, ablation"),
         )  # fmt: skip
 
 
@@ -249,6 +283,7 @@ class PipelineSpec(_Strict):
     steps: StepConfigs
     gates: Gates
     targets: tuple[Target, ...] = TARGETS
+    ablation: Ablation = Ablation()
 
     @property
     def students(self) -> dict[str, StudentCandidate]:

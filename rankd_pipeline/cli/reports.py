@@ -145,28 +145,38 @@ def report_path(pipeline: str, summary: "Summary", current: Settings) -> Path:
 
 @click.command()
 @click.argument("function")
-@click.argument("name")
+@click.argument("name", required=False)
 @click.option("--scale", type=SCALE, default="laptop", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="The table as JSON.")
-def ablate(function: str, name: str, scale: str, seed: int, as_json: bool) -> None:
-    """What one part of the chain buys: train with and without it, paired. The result is stored."""
+def ablate(function: str, name: str | None, scale: str, seed: int, as_json: bool) -> None:
+    """What one part of the chain buys: train with and without it, paired. The result is stored.
+
+    NAME is grid (the arms that the pipeline's YAML names; the default where it names some) or ssl. A grid that was stopped
+    goes on where it was.
+    """
     from rankd_pipeline.spec import load_pipeline
     from rankd_pipeline.steps.ablations import ABLATIONS
     from rankd_pipeline.steps.runner import open_store
 
-    if name not in ABLATIONS:
-        raise RankdError(f"ablation {name!r}: unknown; expected one of {', '.join(sorted(ABLATIONS))}.")
     current = settings()
     spec = load_pipeline(function).at(scale, seed)
+    name = name or ("grid" if spec.ablation.arms else "ssl")
+    if name not in ABLATIONS:
+        raise RankdError(f"ablation {name!r}: unknown; expected one of {', '.join(sorted(ABLATIONS))}.")
     result = ABLATIONS[name](spec, open_store(current), current, lambda text: click.echo(text, err=True))
     if as_json:
         click.echo(json.dumps(result, indent=1))
         return
     from rich.table import Table
 
-    rows = result["rows"]
-    table = Table(*rows[0], box=None, pad_edge=False, title=result.get("title"))
-    for row in rows:
-        table.add_row(*(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()))
-    console().print(table)
+    if "tables" in result:
+        console().print(result["title"])
+    for part in result.get("tables", [result]):
+        rows = part["rows"]
+        table = Table(*rows[0], box=None, pad_edge=False, title=part.get("title"), title_justify="left")
+        for row in rows:
+            table.add_row(*(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()))
+        console().print(table)
+    if "path" in result:
+        click.echo(f"stored:     {result['path']}")

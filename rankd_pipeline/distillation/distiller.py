@@ -77,8 +77,8 @@ class Apprentice(nn.Module):
 
     def _passive(self, view: Mapping[str, Tensor], reselect: bool) -> tuple[Tensor, Tensor]:
         if self.mcakd is None:
-            output = self.student(**{name: view[name] for name in self.inputs})
-            teacher = self.view.run(*(view[name] for name in self.inputs))
+            inputs = {name: view[name] for name in self.inputs}
+            output, teacher = self.student(**inputs), self.view.run(**inputs)
             return output, self.cfg.weight * functional.mse_loss(output.float(), teacher.float())
         internals = self.student.internals(view)  # type: ignore[operator]
         return internals.output, self.cfg.weight * self.mcakd(self.view.internals(view), internals, reselect)
@@ -97,4 +97,5 @@ class Apprentice(nn.Module):
         return {
             "phases": [asdict(turn) for turn in self.turns], "teacher_passes": int(self.passes),
             "selection": {} if self.mcakd is None else self.mcakd.selection(),
+            "widths": {} if self.mcakd is None else self.view.feature_widths(),
         }  # fmt: skip

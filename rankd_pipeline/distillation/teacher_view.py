@@ -32,10 +32,10 @@ class TeacherView:
             raise RankdError("this distillation loss asks for stored soft labels, and none are given; run soft_labels")
         return self._stored.index_select(0, rows)
 
-    def run(self, *inputs: Tensor) -> Tensor:
-        """The teacher's output for `inputs`, without gradients; counts one pass a sample."""
+    def run(self, *inputs: Tensor, **named: Tensor) -> Tensor:
+        """The teacher's output for its inputs, without gradients; counts one pass a sample."""
         with torch.no_grad():
-            return self._counted(inputs)(*inputs)
+            return self._counted([*inputs, *named.values()])(*inputs, **named)
 
     def internals(self, view: Mapping[str, Tensor]) -> Internals:
         """Output, attention maps and hidden states for a training view, without gradients; counts one pass a sample."""

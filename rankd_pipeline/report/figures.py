@@ -32,6 +32,12 @@ CAPTIONS = {
     "training_curve": "Training and validation loss of the deployed student",
     "temperature_sweep": "Distillation temperature, chosen by the validation score (one seed)",
     "paired_seeds": "The three ways to train the student, paired over seeds",
+    "phases": "When the student learned from its teacher (AL-PL)",
+    "selected_dimensions": "Dimensions of the teacher that CA-KS selected, at the end of training",
+    "attention_maps": "Attention maps of teacher and student on one test sample, mean over heads, last layer",
+    "channel_true_and_predicted": "A channel as received and as predicted, magnitude over time and frequency",
+    "nmse_over_horizon": "NMSE against how far ahead, time task, test sets",
+    "nmse_over_speed": "NMSE against speed, time task, test sets",
     "latency": "Paced latency of the chosen runtime, beside the host's own control",
     "race": "The race across runtimes: paced p50 to p99.9 against the budget",
 }
@@ -69,7 +75,12 @@ def scorecard_figures(
 
 def student_figures(metrics: Mapping[str, Any], history: Sequence[Mapping[str, Any]], temperature: float) -> dict[str, bytes]:
     """The student's pictures by name; ``metrics`` may hold ``sweep`` and ``seed_scores``, ``history`` the chosen fit's epochs."""
+    record = metrics.get("distillation") or {}
     pictures = {"training_curve": training_curve(history)}
+    if record.get("phases"):
+        pictures["phases"] = phases(record["phases"], record["history"])
+    if record.get("selection"):
+        pictures["selected_dimensions"] = selected_dimensions(record["selection"], record["widths"])
     if metrics.get("sweep"):
         pictures["temperature_sweep"] = temperature_sweep(metrics["sweep"], temperature)
     if metrics.get("seed_scores"):
@@ -160,6 +171,38 @@ def training_curve(history: Sequence[Mapping[str, Any]]) -> bytes:
         axes.scatter([at[best]], [loss[best]], color=ACCENT, zorder=3, label=f"kept: epoch {at[best]}")
     axes.set(xlabel="epoch", ylabel="loss")
     axes.legend(loc="upper right")
+    return png(figure)
+
+
+def phases(turns: Sequence[Mapping[str, Any]], history: Sequence[Mapping[str, Any]]) -> bytes:
+    """Validation loss of a distilled student by epoch; the epochs in which its teacher was run are shaded."""
+    figure, axes = new_figure()
+    checked = [(row["epoch"], row["validation"]) for row in history if row["validation"] is not None]
+    if checked:
+        axes.plot(*zip(*checked, strict=True), color=SECOND, linewidth=1.6, marker="o", markersize=3, label="validation")
+    shaded = False
+    for turn in turns:
+        if turn["phase"] == "PL":
+            label = None if shaded else "passive learning (teacher is run)"
+            axes.axvspan(turn["epoch"] - 0.5, turn["epoch"] + 0.5, color=ACCENT, alpha=0.15, linewidth=0, label=label)
+            shaded = True
+    axes.set(xlabel="epoch", ylabel="loss")
+    axes.legend(loc="upper right")
+    return png(figure)
+
+
+def selected_dimensions(selection: Mapping[str, Sequence[int]], widths: Mapping[str, int]) -> bytes:
+    """Which dimensions of the teacher each selector has chosen (dark), by index."""
+    figure, axes = new_figure()
+    axes.grid(visible=False)
+    widest = max(widths.values())
+    chosen = np.full((len(selection), widest), np.nan)
+    for line, (name, slots) in enumerate(selection.items()):
+        chosen[line, : widths[name]] = 0.15
+        chosen[line, list(slots)] = 1.0
+    axes.imshow(chosen, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_yticks(range(len(selection)), [readable(name) for name in selection])
+    axes.set_xlabel("dimension of the teacher")
     return png(figure)
 
 

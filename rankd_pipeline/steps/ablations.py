@@ -17,6 +17,7 @@ from rankd_pipeline.ran_functions.registry import load_function
 from rankd_pipeline.settings import Settings
 from rankd_pipeline.spec import PipelineSpec
 from rankd_pipeline.steps.data import TRUTH, features_of, inputs_of_rows, read_npy, split_is, write_npy
+from rankd_pipeline.steps.grid import grid
 from rankd_pipeline.steps.runner import run_step
 from rankd_pipeline.steps.ssl_weights import WEIGHTS
 from rankd_pipeline.steps.teacher import fit_teacher
@@ -145,4 +146,4 @@ def teacher_job(job: dict[str, Any]) -> float:
     return score
 
 
-ABLATIONS: dict[str, Callable[[PipelineSpec, Store, Settings, Note], dict[str, Any]]] = {"ssl": ssl}
+ABLATIONS: dict[str, Callable[[PipelineSpec, Store, Settings, Note], dict[str, Any]]] = {"ssl": ssl, "grid": grid}

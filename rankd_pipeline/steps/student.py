@@ -11,17 +11,17 @@ from rankd_pipeline.evaluation.paired import PairedGain, paired_gain
 from rankd_pipeline.evaluation.table import write_table
 from rankd_pipeline.report import figures
 from rankd_pipeline.spec import StudentCandidate, validated
-from rankd_pipeline.steps.data import labelled_inputs, present_splits, training_columns
+from rankd_pipeline.steps.data import features_of, labelled_inputs, present_splits, split_is, training_columns
 from rankd_pipeline.steps.runner import StepContext
 from rankd_pipeline.steps.scoring import calibration_of, evaluate_splits, headline, network_predictor, score_table
 from rankd_pipeline.steps.soft_labels import SOFT
 from rankd_pipeline.steps.students import load_student, student_job, write_student_data
-from rankd_pipeline.steps.teacher import WEIGHTS
+from rankd_pipeline.steps.teacher import WEIGHTS, load_teacher
 from rankd_pipeline.store.tensors import read_columns, rows_of
 from rankd_pipeline.training.fit import FitConfig
 from rankd_pipeline.training.parallel import map_processes
 from rankd_pipeline.training.seeds import derive_seed
-from rankd_pipeline.training.weights import save_weights
+from rankd_pipeline.training.weights import load_weights, save_weights
 
 
 def student(ctx: StepContext) -> None:
@@ -60,6 +60,9 @@ def _candidate(ctx: StepContext, name: str, config: StudentCandidate) -> tuple[d
     ctx.write_json(f"{name}/comparison.json", comparison)
     ctx.write_json(f"{name}/history.json", chosen["history"])
     metrics = {"temperature": temperature, "arm": winner, "validation": mean_validation, "sweep": [_row(job) for job in sweep]}
+    taught = max(by_arm["distilled"], key=lambda job: job["validation_score"])
+    if taught["distillation"]:
+        metrics["distillation"] = {**taught["distillation"], "history": taught["history"]}
     judged, rows = _judge(ctx, name, chosen, by_arm)
     metrics |= judged
     _draw(ctx, name, metrics, chosen["history"])
@@ -148,6 +151,13 @@ def _draw(ctx: StepContext, name: str, metrics: dict[str, Any], history: list[di
     folder.mkdir(exist_ok=True)
     prefix = "" if len(ctx.spec.students) == 1 else f"{name}_"
     for title, picture in figures.student_figures(metrics, history, metrics["temperature"]).items():
+        (folder / f"{prefix}{title}.png").write_bytes(picture)
+    student_network = ctx.function.student(ctx.corpus_config, ctx.spec.students[name].network)
+    load_weights(student_network, ctx.out / name / WEIGHTS)
+    features = features_of(ctx.inputs["corpus"], ctx.function.feature_columns, split_is("test"))
+    few = {column: values[:4] for column, values in features.items()}
+    networks = {"teacher": load_teacher(ctx), "student": student_network.eval()}
+    for title, picture in ctx.function.network_figures(networks, few):
         (folder / f"{prefix}{title}.png").write_bytes(picture)
 
 

@@ -12,7 +12,7 @@ from rankd_pipeline.ran_functions.channel_prediction.networks import MaskedChann
 from rankd_pipeline.training.fit import FitConfig, fit
 
 FUNCTION, HEAD = ChannelPrediction(), ChannelPrediction().head()
-INPUTS = ["visible_patches", "visible_at", "wanted_at"]
+INPUTS = ["visible_at", "visible_patches", "wanted_at"]  # in no order
 ROWS, EPOCHS = 24, 6
 PERIODIC = {"mode": "periodic", "most_autonomous": 1, "passive": 1, "warmup": 0, "closing_share": 0.0}
 
@@ -110,7 +110,7 @@ def test_output_matching_wants_the_teachers_output_and_nothing_else():
     views = FUNCTION.views(data())
     taught = [part.item() for _, part in model.losses(views)]
     by_hand = [
-        (model.student(**{name: view[name] for name in INPUTS}) - model.view.run(*(view[name] for name in INPUTS)))
+        (model.student(**{name: view[name] for name in INPUTS}) - model.view.run(**{name: view[name] for name in INPUTS}))
         .square()
         .mean()
         .item()

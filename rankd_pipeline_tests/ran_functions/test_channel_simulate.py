@@ -22,7 +22,15 @@ SETS = [
 @pytest.fixture(scope="module")
 def cfg() -> ChannelCorpusConfig:
     return FUNCTION.corpus_config(
-        {"sets": SETS, "train_samples": 20, "val_samples": 6, "test_samples": 8, "shard_samples": 12, "deploy": {"name": "D3-s"}}
+        {
+            "sets": SETS,
+            "train_samples": 20,
+            "val_samples": 6,
+            "test_samples": 8,
+            "shard_samples": 12,
+            "batch_samples": 8,
+            "deploy": {"name": "D3-s"},
+        }
     )
 
 

@@ -1,14 +1,17 @@
 """Channel prediction at smoke scale through every step: groups of two shapes, a self-labelled corpus, an online teacher."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from rankd_pipeline.errors import RankdError
 from rankd_pipeline.evaluation.table import read_table
 from rankd_pipeline.settings import settings
-from rankd_pipeline.spec import load_pipeline
+from rankd_pipeline.spec import Ablation, load_pipeline, validated
 from rankd_pipeline.steps.chain import STEPS
+from rankd_pipeline.steps.grid import grid
 from rankd_pipeline.steps.runner import open_store, run_step
 from rankd_pipeline.steps.summary import reached, summarise, tables_of
 
@@ -95,3 +98,58 @@ def test_intervals_cover_what_they_promise_on_seen_sets(made):
     table = read_table(made[2]["calibration_scorecard"].path / "evaluation.parquet")
     rows = table[(table["metric"] == "covered") & (table["model"] == "teacher") & (table["split"] == "test")]
     assert np.mean(rows["value"]) == pytest.approx(0.9, abs=0.05)
+
+
+def test_the_report_has_the_pictures_that_the_function_draws(made):
+    names = {path.stem for step in ("calibration_scorecard", "student") for path in (made[2][step].path / "figures").glob("*.png")}
+    assert {"channel_true_and_predicted", "nmse_over_horizon", "nmse_over_speed", "attention_maps", "selected_dimensions",
+            "phases", "nmse_by_set", "nmse_by_task", "nmse_by_speed"} <= names  # fmt: skip
+    for step in ("calibration_scorecard", "student"):
+        for path in (made[2][step].path / "figures").glob("*.png"):
+            assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size < 300_000
+
+
+def test_a_grid_that_was_stopped_goes_on_and_writes_the_papers_tables(made):
+    current, spec, _ = made
+    arms = {name: spec.ablation.arms[name] for name in ("mcakd", "no_kd", "lmkd", "without_alpl", "version_3")}
+    tables = {"I: accuracy": ("mcakd", "no_kd", "lmkd", "teacher", "lstm", "ar"), "III: size": ("teacher", "mcakd", "version_3")}
+    columns = {name: spec.ablation.columns[name] for name in ("seen time", "D19-s frequency")}
+    small = spec.model_copy(
+        update={"ablation": spec.ablation.model_copy(update={"arms": arms, "tables": tables, "columns": columns})}
+    )
+    store, told = open_store(current), []
+
+    def stop(text: str) -> None:
+        told.append(text)
+        if " 3 of 10" in text:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        grid(small, store, current, stop)
+    weights = sorted((current.home / "store").rglob("ablate_grid/**/students/*.safetensors"))
+    before = {path.name: path.stat().st_mtime_ns for path in weights}
+    assert len(before) >= 3
+    told.clear()
+    found = grid(small, store, current, told.append)
+    assert sum("validation score" in text for text in told) == 10
+    assert [table["title"].split(":")[0] for table in found["tables"]][:2] == ["I", "III"]
+    assert [row["model"] for row in found["tables"][0]["rows"]] == list(tables["I: accuracy"])
+    lead, costs = found["tables"][2], found["tables"][3]
+    assert {row["arm"] for row in lead["rows"]} == set(arms) - {"mcakd"} and "paired" in lead["title"]
+    passes = {row["model"]: row["teacher passes"] for row in costs["rows"]}
+    assert passes["no_kd"] == "–" and 0 < passes["mcakd"] < passes["without_alpl"]
+    sizes = {row["model"]: row["parameters"] for row in costs["rows"]}
+    assert sizes["teacher"] > sizes["mcakd"] > sizes["version_3"]
+    table = read_table(Path(found["path"]) / "evaluation.parquet")
+    assert {f"{name}#{seed}" for name in arms for seed in (0, 1)} <= set(table["model"].astype(str))
+    told.clear()
+    assert grid(small, store, current, told.append) == found
+    assert not any("validation score" in text for text in told)  # stored: nothing is trained again
+
+
+def test_a_grid_names_an_arm_that_is_not_there(made):
+    current, spec, _ = made
+    with pytest.raises(RankdError, match="names no arms"):
+        grid(spec.model_copy(update={"ablation": Ablation()}), open_store(current), current, lambda text: None)
+    with pytest.raises(RankdError, match="reference 'nobody' is not one of the arms"):
+        validated(Ablation, {"arms": {"a": {}}, "reference": "nobody"}, "here")

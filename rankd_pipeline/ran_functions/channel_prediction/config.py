@@ -119,7 +119,8 @@ HELD_OUT: dict[str, Role] = {"D17-s": "heldout_site", "D18-s": "heldout_site", "
 class SetChoice(_Strict):
     """A set of this corpus. role: seen in training, or held out whole (its site, or its band too).
 
-    file: a HDF5 .mat in the original layout under the rankd home, instead of a simulation; splits are then by sample.
+    file: a HDF5 .mat in the original layout under the rankd home, instead of a simulation. Its samples are split in order by
+    `split_shares`; it does not tell the speed of a sample, so the middle of the set's range stands in for it.
     own: the grid and carrier of a set that the catalogue does not have.
     """
 
@@ -143,8 +144,14 @@ class SetChoice(_Strict):
             base = CATALOGUE[self.name]
         else:
             raise ValueError(f"set {self.name!r}: not in the catalogue ({', '.join(CATALOGUE)}); describe it under own")
-        if self.crop is None:
-            return base
+        return base if self.crop is None else self._cropped(base)
+
+    def as_published(self) -> ChannelSet:
+        """The set without its crop: the grid of its file."""
+        return self.model_copy(update={"crop": None}).resolved()
+
+    def _cropped(self, base: ChannelSet) -> ChannelSet:
+        assert self.crop is not None
         for field in ("instants", "rows", "cols", "subcarriers"):
             if getattr(self.crop, field) > getattr(base, field):
                 raise ValueError(f"set {self.name}: crop.{field} {getattr(self.crop, field)} exceeds its {getattr(base, field)}")
@@ -168,6 +175,7 @@ class ChannelCorpusConfig(_Strict):
     train_samples: int = Field(default=9000, ge=1, description="of each seen set")
     val_samples: int = Field(default=1000, ge=1, description="of each seen set")
     test_samples: int = Field(default=2000, ge=1, description="of each set, held out or not")
+    split_shares: tuple[float, float, float] = Field(default=(0.70, 0.15, 0.15), description="of a file's samples")
     snr_db: float = Field(default=20.0, description="of the noise that is added once to each channel")
     deploy: DeployConfig = DeployConfig(name="D17-s", task="time")
     shard_samples: int = Field(default=1000, ge=1)
@@ -193,6 +201,10 @@ class ChannelCorpusConfig(_Strict):
     def resolved(self) -> dict[str, ChannelSet]:
         """Each set with its crop, by name."""
         return {item.name: item.resolved() for item in self.sets}
+
+    def choice(self, name: str) -> SetChoice:
+        """How the set of that name was chosen."""
+        return next(item for item in self.sets if item.name == name)
 
     @property
     def most_tokens(self) -> int:

@@ -1,6 +1,6 @@
 """Channel prediction: the hidden part of a channel over time or frequency from what was received (WiFo, Tiny-WiFo)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -232,6 +232,16 @@ class ChannelPrediction(RanFunction):
                 for name, values in predicted.items()
             ]
         return concat_tables(tables)
+
+    def figures(self, models: Mapping[str, Predictor], features: Arrays, truth: Arrays) -> Iterator[tuple[str, bytes]]:
+        from rankd_pipeline.ran_functions.channel_prediction.pictures import all_pictures
+
+        return all_pictures(models, features)
+
+    def network_figures(self, networks: "Mapping[str, torch.nn.Module]", features: Arrays) -> Iterator[tuple[str, bytes]]:
+        from rankd_pipeline.ran_functions.channel_prediction.pictures import attention
+
+        yield "attention_maps", attention(networks, features)
 
     def deadlines(self, cfg: ChannelCorpusConfig) -> dict[str, float]:
         """The coherence time of each set at its top speed, us: a prediction that takes longer is of no use."""

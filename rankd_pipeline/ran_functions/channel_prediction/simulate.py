@@ -9,6 +9,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -17,8 +18,10 @@ from sionna.phy import config as sionna_config
 from sionna.phy.channel import cir_to_ofdm_channel
 from sionna.phy.channel.tr38901 import InH, PanelArray, RMa, UMa, UMi
 
-from rankd_pipeline.ran_functions.channel_prediction.config import ELEMENTS, ChannelCorpusConfig, ChannelSet
+from rankd_pipeline.ran_functions.channel_prediction.config import ELEMENTS, ChannelCorpusConfig, ChannelSet, SetChoice
+from rankd_pipeline.ran_functions.channel_prediction.matfile import ChannelFile
 from rankd_pipeline.ran_functions.channel_prediction.patches import TASKS, patchify
+from rankd_pipeline.settings import inside, settings
 from rankd_pipeline.store.tensors import tensor_array
 
 # Heights of BS and UE and the range of their distance, m (WiFo's own geometry is not published).
@@ -50,7 +53,7 @@ def plan_shards(cfg: ChannelCorpusConfig, seed: int) -> list[Shard]:
     first = 0
     for choice in cfg.sets:
         of_set = 0
-        for split, samples in _splits(cfg, choice.role):
+        for split, samples in _splits(cfg, choice):
             for part, start in enumerate(range(0, samples, cfg.shard_samples)):
                 count = min(cfg.shard_samples, samples - start)
                 key = [seed, *choice.name.encode(), *split.encode(), part]
@@ -60,14 +63,24 @@ def plan_shards(cfg: ChannelCorpusConfig, seed: int) -> list[Shard]:
     return shards
 
 
-def _splits(cfg: ChannelCorpusConfig, role: str) -> tuple[tuple[str, int], ...]:
-    if role != "seen":
-        return ((role, cfg.test_samples),)
+def _splits(cfg: ChannelCorpusConfig, choice: SetChoice) -> tuple[tuple[str, int], ...]:
+    if choice.file is not None:
+        with _file_of(choice) as file:
+            total = len(file)
+        if choice.role != "seen":
+            return ((choice.role, total),)
+        val, test = (round(share * total) for share in cfg.split_shares[1:])
+        return ("train", total - val - test), ("val", val), ("test", test)
+    if choice.role != "seen":
+        return ((choice.role, cfg.test_samples),)
     return ("train", cfg.train_samples), ("val", cfg.val_samples), ("test", cfg.test_samples)
 
 
 def simulate_shard(cfg: ChannelCorpusConfig, shard: Shard) -> tuple[pa.Table, pa.Table]:
     """(features, truth) of one shard, on one thread, from its own seed: the same bytes wherever and whenever it runs."""
+    choice = cfg.choice(shard.name)
+    if choice.file is not None:
+        return _imported_shard(cfg, choice, shard)
     channel_set = cfg.resolved[shard.name]
     with _seeded(shard.seed):
         rng = np.random.default_rng([shard.seed, 1])
@@ -77,6 +90,20 @@ def simulate_shard(cfg: ChannelCorpusConfig, shard: Shard) -> tuple[pa.Table, pa
     clean = np.concatenate([h for h, _ in batches])
     speed_kmh = np.concatenate([speed for _, speed in batches])
     return tables(cfg, shard, clean, with_noise(clean, cfg.snr_db, rng), speed_kmh, "sionna")
+
+
+def _imported_shard(cfg: ChannelCorpusConfig, choice: SetChoice, shard: Shard) -> tuple[pa.Table, pa.Table]:
+    """A shard read from the set's file; its noise is ours, its truth what the file holds."""
+    with _file_of(choice) as file:
+        clean = file.read(shard.first_of_set, shard.samples) * np.float32(file.scale())
+    noisy = with_noise(clean, cfg.snr_db, np.random.default_rng([shard.seed, 1]))
+    speed = np.full(shard.samples, np.mean(cfg.resolved[shard.name].speed_kmh))
+    return tables(cfg, shard, clean, noisy, speed, Path(str(choice.file)).stem)
+
+
+def _file_of(choice: SetChoice) -> ChannelFile:
+    path = inside(settings().home, str(choice.file), f"sets.{choice.name}.file")
+    return ChannelFile(path, choice.key, choice.as_published(), choice.resolved())
 
 
 def with_noise(clean: np.ndarray, snr_db: float, rng: np.random.Generator) -> np.ndarray:
@@ -159,6 +186,7 @@ class SetChannel:
         speed = rng.uniform(*item.speed_kmh, samples)
         heading = rng.uniform(-np.pi, np.pi, samples)
         velocity = np.stack([np.cos(heading), np.sin(heading), np.zeros(samples)], -1) * (speed / 3.6)[:, None]
+        self.model.reset_topology()  # the last batch of a shard is a smaller one
         self.model.set_topology(
             torch.from_numpy(place.astype(np.float32))[:, None],
             torch.tensor([0.0, 0.0, bs_m]).expand(samples, 1, 3).contiguous(),
