@@ -34,6 +34,7 @@ class RanFunctionComponent(dg.Component, dg.Model, dg.Resolvable):
     variants: dict[str, Any] = {}
     gates: dict[str, Any] = {}
     targets: list[dict[str, Any]] = []
+    ablation: dict[str, Any] = {}
     schedule: dict[str, Any] = {}
 
     def config(self) -> PipelineConfig:

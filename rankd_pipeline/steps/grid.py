@@ -205,7 +205,7 @@ class _Grid:
         rows, timed = [], {}
         for name, jobs in [("teacher", []), *trained.items()]:
             module = load_student(self.function, jobs[0]) if jobs else load_teacher(self.ctx)
-            params = parameter_count(module)
+            params = parameter_count(module) if jobs else self.made["teacher"].metrics["params"]  # a loaded teacher is frozen
             if params not in timed:
                 timed[params] = self._inference_us(module)
             record = jobs[0]["distillation"] if jobs else None
