@@ -172,7 +172,7 @@ def latency() -> list[Row]:
     function = BeamManagement()
     config = function.corpus_config({})
     torch.manual_seed(0)
-    student = function.student(config, {"hidden": [48, 32]})
+    student = function.student(config, {"hidden": [32, 24]})
     generator = np.random.default_rng(0)
     samples = {
         "l1_rsrp_dbm": generator.normal(-95, 12, (512, 1, 16)).astype(np.float32),

@@ -258,7 +258,7 @@ class BeamMLP(nn.Module):
         set_a_rows: int,
         set_a_cols: int,
         history: int,
-        hidden: Sequence[int] = (48, 32),
+        hidden: Sequence[int] = (32, 24),
         mirror: bool = True,
     ) -> None:
         super().__init__()
