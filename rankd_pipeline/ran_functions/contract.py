@@ -139,7 +139,7 @@ class RanFunction(ABC):
 
     def own_labels(self, features: Arrays) -> np.ndarray:
         """The label [n, ...] of each row of a self-labelled function."""
-        raise NotImplementedError(f"{self.name} is not self-labelled")
+        raise RankdError(f"{self.name} is not self-labelled: its labels are stored, and oracle_labels has them.")
 
     # -- models ---------------------------------------------------------------------------------------------------
     @abstractmethod
@@ -263,4 +263,4 @@ class RanFunction(ABC):
 
     def read_reports(self, path: Path, signature: ModelSignature) -> dict[str, np.ndarray]:
         """Model inputs from a user's CSV of reports. Raises: RankdError naming row and column."""
-        raise NotImplementedError(f"{self.name} has no CSV form of its reports")
+        raise RankdError(f"{self.name} has no CSV form of its reports; call the bundle from Python, as its model card shows.")

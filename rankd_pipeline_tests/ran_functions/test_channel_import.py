@@ -89,3 +89,9 @@ def test_what_does_not_fit_is_one_clear_sentence(folder):
         FUNCTION.simulate(config(), FUNCTION.plan(config(), 0)[0])
     with pytest.raises(RankdError, match="home"):
         FUNCTION.plan(config(file="../outside.mat"), 0)
+
+
+def test_a_channel_has_no_csv_and_says_what_to_do(tmp_path):
+    cfg = FUNCTION.corpus_config({"sets": [{"name": "D5-s"}], "deploy": {"name": "D5-s"}})
+    with pytest.raises(RankdError, match="call the bundle from Python"):
+        FUNCTION.read_reports(tmp_path / "reports.csv", FUNCTION.signatures(cfg, 1000.0)[0])
