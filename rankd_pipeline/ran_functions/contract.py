@@ -186,6 +186,16 @@ class RanFunction(ABC):
     def deployable(self, module: "torch.nn.Module", calibration: Mapping[str, float]) -> "torch.nn.Module":
         """The graph that is exported: reports as the standard delivers them in, calibrated outputs out."""
 
+    def fit_calibration(self, module: "torch.nn.Module", features: Arrays, labels: np.ndarray) -> dict[str, float]:
+        """What makes a network honest, fitted on labelled validation samples; by default the head's, from its outputs.
+
+        features holds the feature columns and those that `evaluate` reads: a function that is judged in closed loop may
+        tune its operating point there.
+        """
+        from rankd_pipeline.distillation.heads import outputs_of
+
+        return self.head().fit_calibration(outputs_of(module, self.model_inputs(features)), labels)
+
     def network_predictor(self, module: "torch.nn.Module", calibration: Mapping[str, float]) -> Predictor:
         """A network with its calibration, as a predictor over feature columns."""
         from rankd_pipeline.distillation.heads import outputs_of

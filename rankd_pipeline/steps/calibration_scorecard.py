@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from rankd_pipeline.distillation.heads import outputs_of
 from rankd_pipeline.evaluation.gates import best_baseline, verdict_of
 from rankd_pipeline.evaluation.table import write_table
 from rankd_pipeline.ran_functions.contract import Baseline, Predictor
@@ -23,6 +22,7 @@ from rankd_pipeline.steps.runner import StepContext
 from rankd_pipeline.steps.scoring import (
     calibration_of,
     evaluate_splits,
+    fitted_calibration,
     headline,
     judge_gates,
     network_predictor,
@@ -39,10 +39,8 @@ SCRATCH, RAW = "student_scratch", "teacher_raw"
 def calibration_scorecard(ctx: StepContext) -> None:
     """Write `evaluation.parquet`, `scores.json`, figures; metrics carry calibration, gates and verdict."""
     model, head = load_teacher(ctx), ctx.function.head()
-    corpus, labels = ctx.inputs["corpus"], ctx.inputs["oracle_labels"]
-    _, val, val_label = labelled_inputs(ctx.function, corpus, labels, "val")
-    outputs = outputs_of(model, val)
-    calibration = head.fit_calibration(outputs, val_label)
+    corpus = ctx.inputs["corpus"]
+    calibration = fitted_calibration(ctx, model)
     baselines = ctx.function.baselines(ctx.corpus_config)
     rivals = fitted_baselines(ctx, [item for item in baselines if not item.learned or item.name in ctx.config.learned_baselines])
     models: dict[str, Predictor] = {
@@ -105,9 +103,8 @@ def _scratch_student(ctx: StepContext) -> Predictor:
     }  # fmt: skip
     ctx.progress(0, 1, "student-sized network from scratch")
     student_job(job)
-    return network_predictor(ctx, load_student(ctx.function, job), ctx.function.head().fit_calibration(
-        outputs_of(load_student(ctx.function, job), val), val_label
-    ))  # fmt: skip
+    model = load_student(ctx.function, job)
+    return network_predictor(ctx, model, fitted_calibration(ctx, model))
 
 
 def _summary(

@@ -13,7 +13,7 @@ from rankd_pipeline.evaluation.gates import Gate, GateResult, evaluate_gate
 from rankd_pipeline.evaluation.table import concat_tables
 from rankd_pipeline.evaluation.terms import split_term
 from rankd_pipeline.ran_functions.contract import Arrays, Baseline, Metric, Predictor
-from rankd_pipeline.steps.data import evaluation_data
+from rankd_pipeline.steps.data import evaluation_data, features_of, labels_for, split_is
 from rankd_pipeline.steps.runner import StepContext
 from rankd_pipeline.store.artifact import Artifact
 from rankd_pipeline.training.seeds import derive_seed
@@ -22,6 +22,16 @@ from rankd_pipeline.training.seeds import derive_seed
 def network_predictor(ctx: StepContext, module: torch.nn.Module, calibration: Calibration) -> Predictor:
     """A network with its calibration, as a predictor over feature columns."""
     return ctx.function.network_predictor(module, calibration)
+
+
+def fitted_calibration(ctx: StepContext, module: torch.nn.Module) -> dict[str, float]:
+    """The calibration of a network, fitted on the labelled validation rows."""
+    columns = list(dict.fromkeys([*ctx.function.feature_columns, *ctx.function.evaluation_columns[0]]))
+    features = features_of(ctx.inputs["corpus"], columns, split_is("val"))
+    if ctx.function.self_labelled:
+        return ctx.function.fit_calibration(module, features, ctx.function.own_labels(features))
+    label, has = labels_for(ctx.inputs["oracle_labels"], features["sample_id"])
+    return ctx.function.fit_calibration(module, {name: values[has] for name, values in features.items()}, label[has])
 
 
 def with_own_measurements(baselines: Sequence[Baseline], features: Arrays, truth: Arrays) -> dict[str, np.ndarray]:

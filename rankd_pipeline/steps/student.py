@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from rankd_pipeline.distillation.heads import outputs_of, parameter_count
+from rankd_pipeline.distillation.heads import parameter_count
 from rankd_pipeline.errors import RankdError
 from rankd_pipeline.evaluation.paired import PairedGain, paired_gain
 from rankd_pipeline.evaluation.table import write_table
@@ -13,7 +13,14 @@ from rankd_pipeline.report import figures
 from rankd_pipeline.spec import StudentCandidate, validated
 from rankd_pipeline.steps.data import features_of, labelled_inputs, present_splits, split_is, training_columns
 from rankd_pipeline.steps.runner import StepContext
-from rankd_pipeline.steps.scoring import calibration_of, evaluate_splits, headline, network_predictor, score_table
+from rankd_pipeline.steps.scoring import (
+    calibration_of,
+    evaluate_splits,
+    fitted_calibration,
+    headline,
+    network_predictor,
+    score_table,
+)
 from rankd_pipeline.steps.soft_labels import SOFT
 from rankd_pipeline.steps.students import load_student, student_job, write_student_data
 from rankd_pipeline.steps.teacher import WEIGHTS, load_teacher
@@ -125,12 +132,10 @@ def _judge(
     ctx: StepContext, name: str, chosen: dict[str, Any], by_arm: dict[str, list[dict[str, Any]]]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Calibrate the chosen student, write it down, and score it and every seed on the test splits."""
-    corpus, head = ctx.inputs["corpus"], ctx.function.head()
-    _, val, val_label = labelled_inputs(ctx.function, corpus, ctx.inputs["oracle_labels"], "val")
-    model = load_student(ctx.function, chosen)
-    calibration = head.fit_calibration(outputs_of(model, val), val_label)
+    corpus, model = ctx.inputs["corpus"], load_student(ctx.function, chosen)
+    calibration = fitted_calibration(ctx, model)
     save_weights(model, ctx.out / name / WEIGHTS)
-    # Calibration changes no decision and no estimate, so the seeds are scored with that of the one that is deployed.
+    # Calibration changes no estimate and hardly a decision, so the seeds are scored with that of the one that is deployed.
     students = [job for jobs in by_arm.values() for job in jobs]
     seeds = {job["name"]: network_predictor(ctx, load_student(ctx.function, job), calibration) for job in students}
     splits = present_splits(corpus)

@@ -12,7 +12,10 @@ from rankd_pipeline.errors import RankdError
 
 
 def tensor_array(values: np.ndarray) -> pa.Array:
-    """[n, ...] array as an Arrow fixed-shape-tensor column of n rows."""
+    """[n, ...] array as an Arrow fixed-shape-tensor column of n rows, none of them too."""
+    if not len(values):
+        flat = pa.list_(pa.from_numpy_dtype(values.dtype), int(np.prod(values.shape[1:])))
+        return pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(flat.value_type, values.shape[1:]), pa.array([], flat))
     return pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(values))
 
 

@@ -1,0 +1,18 @@
+"""The head of link adaptation: the BLER of each MCS as independent events, with a decision rule that is still to be tuned."""
+
+import numpy as np
+
+from rankd_pipeline.distillation.heads import Calibration, EventsHead
+from rankd_pipeline.ran_functions.link_adaptation.networks import TARGETS, aim_key, price_key
+
+FIRST_PRICE = 1.5
+UNTUNED = {**{aim_key(target): target for target in TARGETS}, **{price_key(target): FIRST_PRICE for target in TARGETS}}
+
+
+class BlerHead(EventsHead):
+    """Events whose calibration also holds the operating points of the decision rule (see `operating`), untuned at first."""
+
+    neutral: Calibration | None = {"temperature": 1.0, **UNTUNED}
+
+    def fit_calibration(self, outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        return {**super().fit_calibration(outputs, labels), **UNTUNED}
