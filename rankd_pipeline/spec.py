@@ -116,6 +116,9 @@ class StudentStep(_Strict):
 
 
 class QuantizeStep(_Strict):
+    """int8_optional: INT8 that misses its gates is left out and the candidate goes on in FP32 (default: it leaves the race)."""
+
+    int8_optional: bool = False
     calibration_samples: int = Field(default=512, ge=8)
     parity_samples: int = Field(default=2000, ge=8)
 

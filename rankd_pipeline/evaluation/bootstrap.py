@@ -13,16 +13,22 @@ Aggregates, written as text so that a gate's YAML can hold them:
     db                10·log10 of the mean: an NMSE over all samples in dB
     db_of_cells       10·log10 of the plain mean of the cells' means: every cell counts alike, the dB comes last
     cells_db          the plain mean of 10·log10 of the cells' means: the dB comes first, so no cell drowns the others
+    worst_cell_db     the worst over cells of what plus minus minus is in dB there (10·log10 of the cell's means): a difference
+                      of cells, not of worst cells; its interval holds for all cells at once
+    crossing(0.1,snr) where along the numbers of a cell part a mean falls to 0.1 (the SNR at 10 % BLER), interpolated on a
+                      log scale; a curve that never does so within what was measured gets the end of it
     off_by(0.9)       |mean − 0.9|: how far a coverage is from what was promised
     ece               from the rows ``ece_bin_XX`` (value = mean of confidence − correct):
                       ECE = sum over bins |sum over units n·value| / sum n     (Naeini et al. 2015; Guo et al. 2017)
 
 ``ece``, ``off_by`` and ``worst_cell`` are not smooth: resampling adds noise that can only push them up (down), so their
-percentile interval would not even hold the estimate. It is shifted by the bootstrap's own estimate of that bias.
+percentile interval would not even hold the estimate. It is shifted by the bootstrap's own estimate of that bias. The
+interval of ``worst_cell_db`` is simultaneous (max-t bootstrap: the 95 % quantile of the largest studentized deviation over
+cells), so that "not worse in any cell" is a statement about every cell, not about a lucky one.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,6 +85,8 @@ def estimate(
     for sign, term in signed:
         rows = _rows(table, term, metric, name, where)
         by_split.setdefault(split_term(term)[1], []).append((sign, rows))
+    if name == "worst_cell_db":
+        return _worst_difference(by_split, argument, higher_is_better, seed, resamples)
 
     value, draws, smallest, n_samples = 0.0, np.zeros(resamples), np.iinfo(np.int64).max, 0
     for split, terms in by_split.items():
@@ -89,6 +97,47 @@ def estimate(
         smallest = min(smallest, sample.n_units)
         n_samples += max(_count(rows) for _, rows in terms)
     return Estimate(value, _interval(value, draws, name, bool(minus), smallest), int(smallest), n_samples)
+
+
+def _worst_difference(
+    by_split: Mapping[str, list[tuple[float, pd.DataFrame]]], part: str | None, higher_is_better: bool, seed: int, resamples: int
+) -> Estimate:
+    """The worst over cells of the signed sum of their means in dB, with an interval that holds for all cells together."""
+    if len(by_split) > 1:
+        raise RankdError(f"worst_cell_db compares cells of one split; the terms lie on {', '.join(by_split)}.")
+    split, terms = next(iter(by_split.items()))
+    units = np.unique(np.concatenate([rows["unit"].to_numpy() for _, rows in terms]))
+    names = sorted(set.intersection(*(set(_cell_names(rows, part)) for _, rows in terms)))
+    sums = [(sign, *_cell_sums(rows, _cell_names(rows, part), names, units)) for sign, rows in terms]
+    enough = np.min([count_UG.sum(0) for _, _, count_UG in sums], axis=0)
+    big = enough >= min(MIN_CELL_SAMPLES, enough.max(initial=0))
+
+    def difference(weights: np.ndarray) -> np.ndarray:
+        return sum(sign * _db(_ratio(weights @ total_UG[:, big], weights @ count_UG[:, big])) for sign, total_UG, count_UG in sums)  # type: ignore[return-value]
+
+    here = difference(np.ones((1, len(units))))[0]
+    worst = np.min if higher_is_better else np.max
+    n_samples = max(_count(rows) for _, rows in terms)
+    if resamples == 0 or len(units) < 2:
+        return Estimate(float(worst(here)), None, len(units), n_samples)
+    draws = np.concatenate([difference(weights) for weights in resampled_weights(len(units), resamples, seed, split)])
+    there = np.isfinite(draws)  # a cell that a resample misses has no say in it
+    if there.all(1).mean() < 0.5 and there.mean() < 0.95:
+        return Estimate(float(worst(here)), None, len(units), n_samples)
+    spread = np.sqrt(np.mean(np.where(there, draws - here, 0.0) ** 2, axis=0))
+    far = np.divide(np.abs(draws - here), spread, out=np.zeros_like(draws), where=there & (spread > 0))
+    reach = float(np.quantile(far.max(axis=1), 0.95)) * spread
+    return Estimate(float(worst(here)), (float(worst(here - reach)), float(worst(here + reach))), len(units), n_samples)
+
+
+def _cell_sums(rows: pd.DataFrame, names: np.ndarray, cells: Sequence[str], units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of n·value and of n [units, cells]; rows of other cells are left out."""
+    group = pd.Categorical(names, categories=list(cells)).codes
+    kept = group >= 0
+    where = np.searchsorted(units, rows["unit"].to_numpy()[kept]) * len(cells) + group[kept]
+    n, value = rows["n"].to_numpy(np.float64)[kept], rows["value"].to_numpy(np.float64)[kept]
+    shape = (len(units), len(cells))
+    return tuple(np.bincount(where, of, shape[0] * shape[1]).reshape(shape) for of in (n * value, n))  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -181,8 +230,10 @@ def _statistic(
         order = np.argsort(value, kind="stable")
         return _quantile(value[order], n[order], unit[order], float(argument or 0.5))
     # Groups are cells for what looks at cells, bins for ece, and one for the rest.
-    by_cell = name in ("worst_cell", "db_of_cells", "cells_db")
-    group = _cell_groups(rows, argument) if by_cell else pd.factorize(rows["metric"].astype(str).to_numpy(), sort=True)[0]
+    by_cell = name in ("worst_cell", "worst_cell_db", "db_of_cells", "cells_db", "crossing")
+    level, _, along = (argument or "").partition(",") if name == "crossing" else ("", "", argument)
+    names = _cell_names(rows, along or None) if by_cell else rows["metric"].astype(str).to_numpy()
+    group, found = pd.factorize(names, sort=True)
     groups = int(group.max()) + 1
     where = unit * groups + group
     total_UG = np.bincount(where, n * value, n_units * groups).reshape(n_units, groups)
@@ -195,10 +246,37 @@ def _statistic(
         return lambda w: _db(np.nanmean(_ratio(w @ total_UG, w @ count_UG), axis=1))
     if name == "cells_db":
         return lambda w: np.nanmean(_db(_ratio(w @ total_UG, w @ count_UG)), axis=1)
+    if name == "crossing":
+        at = _numbers(map(str, found))
+        order = np.argsort(at)
+        return lambda w: _crossing(at[order], _ratio(w @ total_UG[:, order], w @ count_UG[:, order]), float(level))
     big = count_UG.sum(0) >= min(MIN_CELL_SAMPLES, count_UG.sum(0).max())
     total_UG, count_UG = total_UG[:, big], count_UG[:, big]
     worst = np.fmin if higher_is_better else np.fmax  # a cell that a resample misses has no say in it
-    return lambda w: worst.reduce(_ratio(w @ total_UG, w @ count_UG), axis=1)
+    scale = _db if name == "worst_cell_db" else lambda ratio: ratio
+    return lambda w: worst.reduce(scale(_ratio(w @ total_UG, w @ count_UG)), axis=1)
+
+
+def _numbers(names: Iterable[str]) -> np.ndarray:
+    try:
+        return np.array([float(name) for name in names])
+    except ValueError as error:
+        raise RankdError(f"crossing: the cell part must hold numbers ({error}).") from None
+
+
+def _crossing(at: np.ndarray, mean_RG: np.ndarray, level: float) -> np.ndarray:
+    """Where each falling curve [G] over `at` reaches `level`, on a log scale. Curves are made monotone first: a small sample
+    may rise again by chance."""
+    falling = np.minimum.accumulate(np.where(np.isfinite(mean_RG), mean_RG, np.inf), axis=1)
+    log = np.log(np.clip(falling, level / 20.0, 1.0)) - np.log(level)
+    below = log <= 0.0
+    right = np.where(below.any(1), below.argmax(1), len(at) - 1)
+    left = np.maximum(right - 1, 0)
+    row = np.arange(len(log))
+    rise = log[row, left] - log[row, right]
+    share = np.divide(log[row, left], rise, out=np.zeros(len(log)), where=rise > 0)
+    crossed = below.any(1) & (right > 0)
+    return np.where(crossed, at[left] + np.clip(share, 0.0, 1.0) * (at[right] - at[left]), at[right])
 
 
 def _db(value: np.ndarray) -> np.ndarray:
@@ -226,18 +304,17 @@ def _quantile(value: np.ndarray, n: np.ndarray, unit: np.ndarray, q: float) -> S
     return quantile
 
 
-def _cell_groups(rows: pd.DataFrame, part: str | None) -> np.ndarray:
+def _cell_names(rows: pd.DataFrame, part: str | None) -> np.ndarray:
+    """The cell of each row, or only the named parts of it (separated by commas)."""
     cells = rows["cell"].astype(str)
-    if part is not None:
-        wanted = [key.strip() for key in part.split(",")]
-        names = {c: tuple(parse_cell(c).get(key) for key in wanted) for c in cells.unique()}
-        absent = [key for i, key in enumerate(wanted) if any(values[i] is None for values in names.values())]
-        if absent:
-            raise RankdError(
-                f"aggregate over cells ({part}): the cells have no part '{absent[0]}'; they look like {cells.iloc[0]!r}."
-            )
-        return pd.factorize(np.array(["|".join(map(str, names[c])) for c in cells]), sort=True)[0]
-    return pd.factorize(cells.to_numpy(), sort=True)[0]
+    if part is None:
+        return cells.to_numpy()
+    wanted = [key.strip() for key in part.split(",")]
+    names = {c: tuple(parse_cell(c).get(key) for key in wanted) for c in cells.unique()}
+    absent = [key for i, key in enumerate(wanted) if any(values[i] is None for values in names.values())]
+    if absent:
+        raise RankdError(f"aggregate over cells ({part}): the cells have no part '{absent[0]}'; they look like {cells.iloc[0]!r}.")
+    return np.array(["|".join(map(str, names[c])) for c in cells])
 
 
 def _ratio(total: np.ndarray, count: np.ndarray) -> np.ndarray:

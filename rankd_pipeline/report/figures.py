@@ -329,12 +329,9 @@ def readable(text: str, unit: bool = False) -> str:
 
 
 def _natural(text: str) -> tuple[float, str]:
-    """Sorts 3.5GHz before 28GHz."""
-    number = "".join(c for c in text if c.isdigit() or c == ".")
-    try:
-        return (float(number), text) if text[:1].isdigit() else (float("inf"), text)
-    except ValueError:
-        return (float("inf"), text)
+    """Sorts 3.5GHz before 28GHz, and -5..0 before 0..5."""
+    number = re.match(r"-?\d+(\.\d+)?", text)
+    return (float(number[0]) if number else float("inf"), text)
 
 
 def percent(axes: Axes, which: str) -> None:

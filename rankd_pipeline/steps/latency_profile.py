@@ -1,7 +1,7 @@
 """Step 10: every runtime of the deployable files against the budget, paced as a DU calls them; a gate."""
 
 from rankd_pipeline.report import figures
-from rankd_pipeline.runtime.latency import LatencyConfig, line_up, profile
+from rankd_pipeline.runtime.latency import Candidate, LatencyConfig, line_up, profile
 from rankd_pipeline.runtime.onnx_export import read_signature
 from rankd_pipeline.runtime.parity import onnx_runner
 from rankd_pipeline.spec import validated
@@ -29,11 +29,7 @@ def latency_profile(ctx: StepContext) -> None:
     # Carried state starts at zero in the race, as in the field: students may differ in it.
     samples = {name: values for name, values in samples.items() if name not in signature.state}
     (ctx.out / "c").mkdir(exist_ok=True)
-    line = [
-        entry for name in racing
-        for entry in line_up(files.file(model_file(name, "fp32")), files.file(model_file(name, "int8")), ctx.out / "c", True,
-                             name if len(racing) > 1 else "", ctx.config.generated_c)
-    ]  # fmt: skip
+    line = [entry for name in racing for entry in _line_up(ctx, name, name if len(racing) > 1 else "")]
     report = profile(
         line, signature, config, samples, ctx.scratch / "race", lambda text, share: ctx.progress(share, 1.0, text),
         ctx.function.latency_cases(samples), {name: max(students[name]["validation"].values()) for name in racing},
@@ -58,3 +54,11 @@ def latency_profile(ctx: StepContext) -> None:
         {"name": name, "deadline_us": deadline, "late": tail_us is None or tail_us > deadline}
         for name, deadline in ctx.function.deadlines(ctx.corpus_config).items()
     ]
+
+
+def _line_up(ctx: StepContext, name: str, prefix: str) -> list[Candidate]:
+    """What a student candidate races as; INT8 that was left out for its score stays out of the race."""
+    files = ctx.inputs["quantized_onnx"]
+    fp32, int8 = (files.file(model_file(name, precision)) for precision in ("fp32", "int8"))
+    races = "int8" in files.metrics["candidates"][name]["precisions"] or not ctx.spec.enforced
+    return line_up(fp32, int8 if races else None, ctx.out / "c", True, prefix, ctx.config.generated_c)

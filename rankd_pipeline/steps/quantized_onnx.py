@@ -32,8 +32,9 @@ def model_file(candidate: str, precision: str) -> str:
 def quantized_onnx(ctx: StepContext) -> None:
     """Write both ONNX files of every student candidate, `parity.json`, `evaluation.parquet`; metrics carry gates and verdict.
 
-    A candidate that misses a gate leaves the race; the step passes if one is left. metrics are those of the student
-    step's favourite, or of the best candidate left; `candidates` holds those of all.
+    A candidate that misses a gate leaves the race (with `int8_optional`, one that only INT8 misses takes its INT8 out of
+    it); the step passes if one is left. metrics are those of the student step's favourite, or of the best candidate
+    left; `candidates` holds those of all.
     """
     students = ctx.inputs["student"].metrics["candidates"]
     made = {name: _candidate(ctx, name, metrics) for name, metrics in students.items()}
@@ -82,15 +83,20 @@ def _metrics(
     ctx: StepContext, files: dict[str, Path], table: pd.DataFrame, checks: dict[str, dict[str, Any]], gates: list[GateResult]
 ) -> dict[str, Any]:
     broken = [name for name, check in checks.items() if not check["ok"]]
+    missed = [gate for gate in gates if gate.verdict != "pass"]
+    of_int8 = (
+        [gate for gate in missed if any(term.startswith("int8@") for term in gate.resolved)] if ctx.config.int8_optional else []
+    )
     metric = ctx.function.metric
     scores = {precision: score_of(table, f"{precision}@test", metric) for precision in PRECISIONS}
     sign = 1.0 if metric.higher_is_better else -1.0
     return {
         "score": scores["int8"], "drop": sign * (scores["fp32"] - scores["int8"]), "bytes_fp32": files["fp32"].stat().st_size,
         "bytes_int8": files["int8"].stat().st_size, "parity": checks, "gates": [gate.model_dump(mode="json") for gate in gates],
-        "verdict": "fail" if broken else verdict_of(gates),
+        "precisions": ["fp32"] if of_int8 else list(PRECISIONS),
+        "verdict": "fail" if broken else verdict_of([gate for gate in gates if gate not in of_int8]),
         "reason": "; ".join([f"parity {name} is broken: {checks[name]}" for name in broken]
-                            + [gate.sentence() for gate in gates if gate.verdict != "pass"]),
+                            + [gate.sentence() + (", left out" if gate in of_int8 else "") for gate in missed]),
     }  # fmt: skip
 
 

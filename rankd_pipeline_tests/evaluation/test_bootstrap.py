@@ -197,3 +197,71 @@ def test_off_by_is_the_distance_from_what_was_promised():
     many = table_of(np.random.default_rng(0).binomial(100, 0.9, 400) / 100, n=100, metric="covered")
     ci95 = estimate(many, "m@test", metric="covered", aggregate="off_by(0.9)").ci95
     assert ci95 is not None and 0.0 <= ci95[0] < ci95[1] < 0.01
+
+
+def cells_table(models: dict[str, dict[str, float]], drops: int = 300, noise: float = 0.3, seed: int = 0) -> pd.DataFrame:
+    """Each model's mean error power in each cell (dB), on drops that are hard or easy for all models alike."""
+    rng = np.random.default_rng(seed)
+    luck = {cell: np.exp(rng.normal(0, noise, drops)) for cell in next(iter(models.values()))}
+    parts = []
+    for model, cells in models.items():
+        for cell, db in cells.items():
+            value = 10 ** (db / 10) * luck[cell] / luck[cell].mean() * np.exp(rng.normal(0, 0.02, drops))
+            parts.append(table_of(value, 4, model=model, metric="nmse", cell=f"snr={cell}|site=a"))
+    return concat_tables(parts)
+
+
+def test_worst_difference_is_that_of_one_cell_not_of_worst_cells():
+    table = cells_table({"new": {"0": -10.0, "10": -19.0, "20": -25.0}, "old": {"0": -5.0, "10": -15.0, "20": -26.0}})
+    found = estimate(table, ["new@test"], ["old@test"], metric="nmse", aggregate="worst_cell_db(snr)", higher_is_better=False)
+    assert found.value == pytest.approx(1.0, abs=0.02)
+    assert found.ci95 is not None and found.ci95[0] < found.value < found.ci95[1] < 1.1
+    without = estimate(table, ["new@test"], ["old@test"], metric="nmse", aggregate="worst_cell_db(snr)", higher_is_better=False,
+                       where={"snr": ["0", "10"]})  # fmt: skip
+    assert without.value == pytest.approx(-4.0, abs=0.02)
+    with pytest.raises(RankdError, match="cells of one split"):
+        estimate(concat_tables([table, table.assign(split="other")]), ["new@test"], ["old@other"], metric="nmse",
+                 aggregate="worst_cell_db(snr)", higher_is_better=False)  # fmt: skip
+
+
+def test_simultaneous_bound_holds_for_all_cells_where_single_ones_do_not():
+    equal = {str(cell): -10.0 for cell in range(40)}
+    outside = {"simultaneous": 0, "single": 0}
+    for seed in range(40):
+        table = cells_table({"new": equal, "old": equal}, drops=60, seed=seed)
+        together = estimate(table, ["new@test"], ["old@test"], metric="nmse", aggregate="worst_cell_db(snr)",
+                            higher_is_better=False, resamples=300)  # fmt: skip
+        # No cell is better or worse; a bound below zero for the largest of 40 would claim that one is.
+        assert together.ci95 is not None
+        outside["simultaneous"] += together.ci95[0] > 0
+        single = [
+            estimate(table, ["new@test"], ["old@test"], metric="nmse", aggregate="db", where={"snr": cell}, resamples=100).ci95
+            for cell in list(equal)[:10]
+        ]
+        outside["single"] += any(ci is not None and ci[0] > 0 for ci in single)
+    assert outside["simultaneous"] <= 6
+    assert outside["single"] > outside["simultaneous"]
+
+
+def test_crossing_is_where_the_curve_meets_the_level():
+    snr = np.arange(0.0, 6.0)
+    curve = [table_of([10 ** (-0.5 * x)] * 50, model="m", metric="block_error", cell=f"snr_db={x:g}") for x in snr]
+    found = estimate(concat_tables(curve), "m@test", metric="block_error", aggregate="crossing(0.1,snr_db)")
+    assert found.value == pytest.approx(2.0)
+    shifted = [
+        table_of([min(1.0, 10 ** (-0.5 * (x - 1.3)))] * 50, model="b", metric="block_error", cell=f"snr_db={x:g}") for x in snr
+    ]
+    gap = estimate(concat_tables(curve + shifted), ["b@test"], ["m@test"], metric="block_error", aggregate="crossing(0.1,snr_db)")
+    assert gap.value == pytest.approx(1.3) and gap.ci95 == pytest.approx((1.3, 1.3))
+
+
+@pytest.mark.parametrize(("errors", "at"), [([0.0, 0.0, 0.0], 0.0), ([1.0, 0.9, 0.5], 4.0)])
+def test_crossing_outside_what_was_measured_is_its_end(errors, at):
+    rows = [table_of([e] * 20, metric="block_error", cell=f"snr_db={2 * i}") for i, e in enumerate(errors)]
+    assert estimate(concat_tables(rows), "m@test", metric="block_error", aggregate="crossing(0.1,snr_db)").value == at
+
+
+@pytest.mark.parametrize("text", ["crossing(0.1)", "crossing(2,snr_db)", "quantile(0.5,a)", "worst_cell_db()"])
+def test_aggregates_that_say_too_little_are_refused(text):
+    with pytest.raises(RankdError, match="is unknown; expected mean"):
+        estimate(table_of([1.0]), "m@test", metric="top1", aggregate=text)

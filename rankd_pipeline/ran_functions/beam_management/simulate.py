@@ -1,50 +1,24 @@
 """Simulates the beam management corpus: TR 38.901 links → Set B reports (features) and Set A truth, in shards."""
 
-import contextlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import torch
-from sionna.phy import config as sionna_config
 
 from rankd_pipeline.radio import codebooks, reports
 from rankd_pipeline.radio.beamspace import BeamspaceChannel, Links, Topology, beam_rsrp_dbm
+from rankd_pipeline.radio.seeding import seeded
 from rankd_pipeline.ran_functions.beam_management.config import (
     BandConfig,
     BeamCorpusConfig,
     SiteConfig,
     transmit_power_per_re_dbm,
 )
+from rankd_pipeline.ran_functions.drops import SPLIT_OF_CODE, Pool, Shard, plan_pools
 
-# One letter a drop, so that a shard says by itself which of its drops go where.
-SPLIT_OF_CODE = {
-    "L": "train",
-    "u": "train",
-    "v": "val",
-    "t": "test",
-    "s": "heldout_site",
-    "b": "heldout_band",
-}
 INDOOR_HEIGHT_FLOOR_M = 3.0
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A piece of the corpus that can be simulated alone: some drops of one site at one band.
-
-    drop_codes has one letter a drop (see SPLIT_OF_CODE; L = labelled training drop, u = unlabelled).
-    """
-
-    index: int
-    site: str
-    band_ghz: float
-    first_drop: int
-    first_drop_of_cell: int
-    drop_codes: str
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -56,50 +30,17 @@ class ShardTables:
 
 
 def plan_shards(cfg: BeamCorpusConfig, seed: int) -> list[Shard]:
-    """Cut the corpus into shards. Drop and sample ids are dense over the plan, splits are by whole drop in every
-    (site, band) cell, and a shard's seed depends on (seed, index) alone."""
-    train_bands = [b for b in cfg.bands if b.role == "train"]
-    heldout_bands = [b for b in cfg.bands if b.role == "heldout"]
-    seen = [s for s in cfg.sites if s.role == "seen"]
-    heldout = [s for s in cfg.sites if s.role == "heldout"]
+    """Cut the corpus into shards; sample ids are dense over the plan, as drop ids are."""
+    train_bands = [b.ghz for b in cfg.bands if b.role == "train"]
+    heldout_bands = [b.ghz for b in cfg.bands if b.role == "heldout"]
+    seen = [s.name for s in cfg.sites if s.role == "seen"]
+    heldout = [s.name for s in cfg.sites if s.role == "heldout"]
     pools = (
-        (cfg.seen_samples, seen, train_bands, None),
-        (cfg.heldout_site_samples, heldout, train_bands, "s"),
-        (cfg.heldout_band_samples, seen, heldout_bands, "b"),
+        Pool(cfg.seen_samples / cfg.ues_per_drop, seen, train_bands, None),
+        Pool(cfg.heldout_site_samples / cfg.ues_per_drop, heldout, train_bands, "s"),
+        Pool(cfg.heldout_band_samples / cfg.ues_per_drop, seen, heldout_bands, "b"),
     )
-    drops_a_shard = max(cfg.shard_samples // cfg.ues_per_drop, 1)
-    shards: list[Shard] = []
-    first_drop = 0
-    for pool, (samples, sites, bands, code) in enumerate(pools):
-        cells = [(site, band) for site in sites for band in bands]
-        if not samples:
-            continue
-        drops = math.ceil(samples / (cfg.ues_per_drop * len(cells)))
-        for cell, (site, band) in enumerate(cells):
-            rng = np.random.default_rng([seed, pool, cell])
-            codes = code * drops if code else _split_codes(cfg, drops, cell, rng)
-            for start in range(0, drops, drops_a_shard):
-                part = codes[start : start + drops_a_shard]
-                index = len(shards)
-                shard_seed = int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-                shards.append(Shard(index, site.name, band.ghz, first_drop, start, part, shard_seed))
-                first_drop += len(part)
-    return shards
-
-
-def _split_codes(cfg: BeamCorpusConfig, drops: int, cell: int, rng: np.random.Generator) -> str:
-    """Splits of one cell's drops, in random order. Fractions are carried on from cell to cell, so that the shares of
-    the corpus are exact to a drop (rounded up: val, test and labels never starve)."""
-
-    def carried(share: float) -> int:
-        return math.ceil(share * drops * (cell + 1) - 1e-9) - math.ceil(share * drops * cell - 1e-9)
-
-    _, val, test = cfg.split_shares
-    n_val, n_test = carried(val), carried(test)
-    n_labelled = min(carried((1 - val - test) * cfg.labelled_share), max(drops - n_val - n_test, 0))
-    n_unlabelled = max(drops - n_val - n_test - n_labelled, 0)
-    codes = "L" * n_labelled + "v" * n_val + "t" * n_test + "u" * n_unlabelled
-    return "".join(np.array(list(codes[:drops]))[rng.permutation(drops)])
+    return plan_pools(pools, max(cfg.shard_samples // cfg.ues_per_drop, 1), cfg.split_shares, cfg.labelled_share, seed)
 
 
 def simulate_shard(cfg: BeamCorpusConfig, shard: Shard) -> ShardTables:
@@ -109,7 +50,7 @@ def simulate_shard(cfg: BeamCorpusConfig, shard: Shard) -> ShardTables:
     """
     site = next(s for s in cfg.sites if s.name == shard.site)
     band = next(b for b in cfg.bands if b.ghz == shard.band_ghz)
-    with _seeded(shard.seed):
+    with seeded(shard.seed):
         link = _BeamLink(cfg, site, band, shard.seed)
         drops_a_batch = max(cfg.batch_samples // cfg.ues_per_drop, 1)
         batches = [
@@ -118,20 +59,6 @@ def simulate_shard(cfg: BeamCorpusConfig, shard: Shard) -> ShardTables:
         ]
     columns = {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}
     return _tables(cfg, shard, site, columns)
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed Sionna and hold torch to one thread; leave the caller's torch as it was."""
-    threads, state = torch.get_num_threads(), torch.get_rng_state()
-    torch.set_num_threads(1)
-    sionna_config.seed = seed
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.set_rng_state(state)
 
 
 class _BeamLink:
