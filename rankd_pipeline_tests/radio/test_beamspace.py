@@ -11,7 +11,7 @@ from sionna.phy.channel.utils import deg_2_rad
 
 from rankd_pipeline.radio.beamspace import BeamspaceChannel, Topology, beam_rsrp_dbm
 from rankd_pipeline.radio.codebooks import dft_codebook
-from rankd_pipeline.ran_functions.beam_management.simulate import _seeded
+from rankd_pipeline.radio.seeding import seeded
 
 ROWS, COLS = 2, 3
 RATE_HZ = 50.0
@@ -64,7 +64,7 @@ def test_equals_sionna_path_by_path(scenario):
     """Same rays, same phases: every path at every antenna and instant, LoS, NLoS and indoor, tilted panel, moving user."""
     top = topology(2, 5, speed_mps=8.0)
     instants = np.arange(3) / RATE_HZ
-    with _seeded(4):
+    with seeded(4):
         channel = BeamspaceChannel(scenario, 3.5, ROWS, COLS, 0.5, 0.7)
         model = channel._model
         lsp_sampler, ray_sampler = recorded(model, "_lsp_sampler"), recorded(model, "_ray_sampler")
@@ -96,7 +96,7 @@ def test_equals_sionna_path_by_path(scenario):
 
 
 def test_beams_of_a_unitary_codebook_share_out_all_the_power():
-    with _seeded(1):
+    with seeded(1):
         links = BeamspaceChannel("UMi", 28.0, 4, 8, 0.5, 0.5).links(topology(3, 4, 1.0), np.array([-0.02, 0.0]), torch.Generator())
     narrow = torch.from_numpy(dft_codebook(4, 8))
     beamed = (links.paths @ narrow.T).abs().square().sum(-1)
@@ -110,7 +110,7 @@ def test_the_rays_of_an_array_carry_the_power_of_one_element():
     """Path loss, shadowing and element gain do not depend on the size of the array: only phases do."""
     level = []
     for rows, cols in ((1, 1), (4, 8)):
-        with _seeded(3):
+        with seeded(3):
             links = BeamspaceChannel("UMi", 3.5, rows, cols, 0.5, 0.5).links(
                 topology(40, 4, 0.0), np.zeros(1), torch.Generator().manual_seed(1)
             )
@@ -142,7 +142,7 @@ def test_the_channel_evolves_coherently_with_speed():
     """A still user sees one channel at every instant; the faster, the less of it is left 20 ms later."""
     left = []
     for speed_kmh in (0.0, 0.5, 2.0, 30.0):
-        with _seeded(6):
+        with seeded(6):
             top = topology(10, 4, speed_kmh / 3.6, indoor_share=0.0)
             links = BeamspaceChannel("UMi", 3.5, 2, 4, 0.5, 0.5).links(
                 top, np.array([-0.02, 0.0]), torch.Generator().manual_seed(2)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rankd_pipeline.radio.beamspace import BeamspaceChannel, Links, Topology
-from rankd_pipeline.ran_functions.beam_management.simulate import _seeded
+from rankd_pipeline.radio.seeding import seeded
 
 DROPS, USERS, UE_HEIGHT_M = 200, 6, 1.5
 BS_HEIGHT_M = {"UMi": 10.0, "UMa": 25.0}
@@ -72,7 +72,7 @@ def case(request) -> tuple[str, float, np.ndarray, Links]:
     place = np.stack([radius * np.cos(azimuth), radius * np.sin(azimuth), np.full_like(radius, UE_HEIGHT_M)], -1).astype(np.float32)
     still = np.zeros_like(place)
     top = Topology(place, still, np.zeros(radius.shape, bool), BS_HEIGHT_M[scenario], 0.0)
-    with _seeded(13):
+    with seeded(13):
         links = BeamspaceChannel(scenario, ghz, 1, 1, 0.5, 0.5).links(top, np.zeros(1), torch.Generator().manual_seed(1))
     assert min(links.los.sum(), (~links.los).sum()) > 200
     return scenario, ghz, place, links
@@ -136,7 +136,7 @@ def test_houses_cost_what_the_penetration_loss_says(ghz, wall_and_way_db):
     loss = []
     for indoor in (False, True):
         top = Topology(place, np.zeros_like(place), np.full((200, 4), indoor), 10.0, 0.0)
-        with _seeded(3):
+        with seeded(3):
             links = BeamspaceChannel("UMi", ghz, 1, 1, 0.5, 0.5).links(top, np.zeros(1), torch.Generator().manual_seed(1))
         loss.append(links.pathloss_db.mean())
     assert loss[1] - loss[0] == pytest.approx(wall_and_way_db, abs=2.0) and not links.los.any()

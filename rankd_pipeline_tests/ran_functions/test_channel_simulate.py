@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
+from rankd_pipeline.radio.seeding import seeded
 from rankd_pipeline.ran_functions.channel_prediction.config import CATALOGUE, ChannelCorpusConfig
 from rankd_pipeline.ran_functions.channel_prediction.function import ChannelPrediction
 from rankd_pipeline.ran_functions.channel_prediction.patches import unpatchify
-from rankd_pipeline.ran_functions.channel_prediction.simulate import SetChannel, _seeded, with_noise
+from rankd_pipeline.ran_functions.channel_prediction.simulate import SetChannel, with_noise
 from rankd_pipeline.store.tensors import column_array
 
 FUNCTION = ChannelPrediction()
@@ -85,7 +86,7 @@ def test_features_are_the_truth_with_noise_20_db_below():
 @pytest.mark.parametrize("name", ["D3-s", "D8-s", "D2-s", "D17-s"])
 def test_channels_have_unit_power_and_the_asked_shape_and_speed(name):
     item = CATALOGUE[name].model_copy(update={"instants": 8, "rows": 1, "cols": 4, "subcarriers": 16})
-    with _seeded(3):
+    with seeded(3):
         h, speed = SetChannel(item).draw(400, np.random.default_rng(0))
     assert h.shape == (400, 8, 4, 16)
     assert np.mean(np.abs(h) ** 2) == pytest.approx(1.0, abs=0.12)
@@ -96,7 +97,7 @@ def test_a_faster_user_turns_faster_and_los_fades_less():
     still, fast = (CATALOGUE["D15-s"].model_copy(update={"speed_kmh": (v, v + 0.1), "rows": 1, "cols": 4}) for v in (0.0, 30.0))
     change, spread = [], []
     for item in (still, fast, fast.model_copy(update={"los": False})):
-        with _seeded(3):
+        with seeded(3):
             h, _ = SetChannel(item).draw(100, np.random.default_rng(0))
         change.append(np.mean(np.abs(h[:, 1:] - h[:, :-1]) ** 2))
         power = np.mean(np.abs(h) ** 2, axis=(1, 2))

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from scipy.special import j0
 
 from rankd_pipeline.errors import RankdError
+from rankd_pipeline.radio.seeding import seeded
 from rankd_pipeline.ran_functions.link_adaptation import simulate
 from rankd_pipeline.ran_functions.link_adaptation.config import SLOT_US, LinkCorpusConfig
 from rankd_pipeline.ran_functions.link_adaptation.function import LinkAdaptation
@@ -84,7 +85,7 @@ def test_fading_follows_the_doppler():
     """TDL-A of 3.5 GHz at one speed: the correlation of the channel over time is the Bessel function of its Doppler."""
     cfg = config({"speed_kmh": [20, 20], **QUIET}, subcarrier_samples=2, trace_slots=512)
     made_of = users(cfg, 60)
-    with simulate._seeded(3):
+    with seeded(3):
         paths, _ = made_of._tdl()
     h = paths.sum(dim=2).numpy().reshape(120, -1)
     doppler_hz = 20 / 3.6 * 3.5e9 / 299792458.0
@@ -96,7 +97,7 @@ def test_fading_follows_the_doppler():
 def test_mean_snr_of_a_trace_is_what_was_drawn():
     cfg = config({"snr_db": [8, 30], **QUIET}, step_share=0.0)
     made_of = users(cfg)
-    with simulate._seeded(1):
+    with seeded(1):
         power = made_of._fading()
     np.testing.assert_allclose(power.mean(axis=(1, 2)), 1.0, rtol=1e-5)
     level, step_slot = made_of._level_db()

@@ -5,19 +5,17 @@ phase only, plane waves), elements are omnidirectional, and below 6 GHz (UMi: 2 
 parameters for all carriers. So these sets carry names of their own, and their NMSE is not comparable with the paper's.
 """
 
-import contextlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import torch
-from sionna.phy import config as sionna_config
 from sionna.phy.channel import cir_to_ofdm_channel
 from sionna.phy.channel.tr38901 import InH, PanelArray, RMa, UMa, UMi
 
+from rankd_pipeline.radio.seeding import seeded
 from rankd_pipeline.ran_functions.channel_prediction.config import ELEMENTS, ChannelCorpusConfig, ChannelSet, SetChoice
 from rankd_pipeline.ran_functions.channel_prediction.matfile import ChannelFile
 from rankd_pipeline.ran_functions.channel_prediction.patches import TASKS, patchify
@@ -82,7 +80,7 @@ def simulate_shard(cfg: ChannelCorpusConfig, shard: Shard) -> tuple[pa.Table, pa
     if choice.file is not None:
         return _imported_shard(cfg, choice, shard)
     channel_set = cfg.resolved[shard.name]
-    with _seeded(shard.seed):
+    with seeded(shard.seed):
         rng = np.random.default_rng([shard.seed, 1])
         channel = SetChannel(channel_set)
         counts = [min(cfg.batch_samples, shard.samples - start) for start in range(0, shard.samples, cfg.batch_samples)]
@@ -200,18 +198,3 @@ class SetChannel:
         h = cir_to_ofdm_channel(self.frequencies_hz, gains, delays)  # [B, rx, rx_ant, tx, tx_ant, T, K]
         h_BNTK = h[:, 0, 0, 0].numpy()
         return h_BNTK.transpose(0, 2, 1, 3).astype(np.complex64), speed.astype(np.float32)
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed Sionna and torch and hold torch to one thread; leave the caller's torch as it was."""
-    threads, state = torch.get_num_threads(), torch.get_rng_state()
-    torch.set_num_threads(1)
-    sionna_config.seed = seed
-    torch.manual_seed(seed)
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.set_rng_state(state)

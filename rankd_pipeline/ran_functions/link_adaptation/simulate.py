@@ -3,19 +3,17 @@
 Axis legend: N traces (users), T slots, L slots of a window, M MCS indices, R receive antennas, P paths, F frequencies.
 """
 
-import contextlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import torch
 from sionna.phy import SPEED_OF_LIGHT
-from sionna.phy import config as sionna_config
 from sionna.phy.channel.tr38901 import TDL, PanelArray, UMa, UMi
 
 from rankd_pipeline.errors import RankdError
+from rankd_pipeline.radio.seeding import seeded
 from rankd_pipeline.ran_functions.link_adaptation.config import SLOT_US, LinkCorpusConfig, PolicyConfig, Range, SiteConfig
 from rankd_pipeline.ran_functions.link_adaptation.policies import CqiTable, Learned, Logged, OuterLoop
 from rankd_pipeline.ran_functions.link_adaptation.rollout import Policy, Rollout, Traces, roll_out
@@ -92,26 +90,12 @@ def simulate_shard(cfg: LinkCorpusConfig, shard: Shard) -> tuple[pa.Table, pa.Ta
     """(features, truth) of one shard, one row a window, on one thread, from its own seed: the same bytes wherever it runs."""
     site = next(site for site in cfg.sites if site.name == shard.site)
     tables = link_tables(cfg.allocations_prb, cfg.symbols)
-    with _seeded(shard.seed):
+    with seeded(shard.seed):
         users = _Users(cfg, site, shard.band_ghz, len(shard.codes), np.random.default_rng([shard.seed, 1]), tables)
         traces = users.traces()
         policy, names = logged_policies(cfg, tables, len(shard.codes), np.random.default_rng([shard.seed, 2]))
         rollout = roll_out(traces, policy)
     return _tables(cfg, shard, site, users, traces, rollout, names)
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed Sionna and hold torch to one thread; leave the caller's torch as it was."""
-    threads, state = torch.get_num_threads(), torch.get_rng_state()
-    torch.set_num_threads(1)
-    sionna_config.seed = seed
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.set_rng_state(state)
 
 
 class _Users:
