@@ -15,9 +15,7 @@ from markupsafe import Markup
 
 from rankd_pipeline.report.figures import caption, readable
 from rankd_pipeline.report.scorecard import (
-    TARGETS,
-    Target,
-    check_targets,
+    TargetResult,
     gain_text,
     gate_badge,
     number_text,
@@ -37,7 +35,7 @@ def render_report(
     tables: Mapping[str, pd.DataFrame],
     notes: Sequence[str],
     gates: Sequence[Json] = (),
-    targets: Sequence[Target] = TARGETS,
+    targets: Sequence[TargetResult] = (),
 ) -> str:
     """The page of one run.
 
@@ -47,6 +45,7 @@ def render_report(
         tables: frames by title, shown in order.
         notes: sentences the reader must not miss (smoke stamp, what stopped the chain, "KD not useful"), on top.
         gates: GateResults as JSON, in the order of the chain.
+        targets: as :func:`rankd_pipeline.report.scorecard.check_targets` found them.
     """
     return _render(
         "report.html",
@@ -65,7 +64,7 @@ def render_model_card(
     tables: Mapping[str, pd.DataFrame],
     notes: Sequence[str],
     gates: Sequence[Json] = (),
-    targets: Sequence[Target] = TARGETS,
+    targets: Sequence[TargetResult] = (),
 ) -> str:
     """The card that travels in a bundle.
 
@@ -132,7 +131,7 @@ def _judged(
     tables: Mapping[str, pd.DataFrame],
     notes: Sequence[str],
     gates: Sequence[Json],
-    targets: Sequence[Target],
+    targets: Sequence[TargetResult],
 ) -> dict[str, Any]:
     """What the report and the model card share."""
     return {
@@ -140,10 +139,7 @@ def _judged(
         "rows": [(section, readable(name), value) for section, name, value in rows_of(card)],
         "gates": [_gate(gate) for gate in gates],
         "targets_heading": targets_heading(card),
-        "targets": [
-            {"word": t.verdict, "kind": _KIND.get(t.verdict, ""), "name": t.name, "text": target_text(t)}
-            for t in check_targets(card, targets)
-        ],
+        "targets": [{"word": t.verdict, "kind": _KIND.get(t.verdict, ""), "name": t.name, "text": target_text(t)} for t in targets],
         "figures": [{"caption": caption(name), "data": base64.b64encode(data).decode("ascii")} for name, data in figures.items()],
         "tables": [_table(title, frame) for title, frame in tables.items()],
         "notes": list(notes),

@@ -64,11 +64,12 @@ RATE_UNITS = ("share", "fraction", "rate", "probability", "1", "")
 
 class Target(BaseModel):
     """A number that a run is held against beside its gates: ``value`` (a dotted path into the scorecard), less ``minus``,
-    divided by ``over``.
+    divided by ``over``. ``scores.MODEL@SPLIT.METRIC`` is a path, too: any score of any step's table.
 
     ``rates`` says that it only applies where the headline metric is a rate. ``aim`` is the stronger figure to strive for;
     missing it is said, too. ``proof`` is the path of a verdict: a target whose verdict is inconclusive is not met,
-    whatever its number.
+    whatever its number. ``host`` is the path of what the host does by itself, in the unit of ``value``: a miss where the host
+    alone would have missed it proves nothing about the model and is inconclusive, with the host's figure shown.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -79,6 +80,7 @@ class Target(BaseModel):
     over: str | None = None
     rates: bool = False
     proof: str | None = None
+    host: str | None = None
     comparator: Comparator
     threshold: float
     aim: float | None = None
@@ -94,7 +96,7 @@ TARGETS: tuple[Target, ...] = (
     Target(name="INT8 score drop", value="quantized.drop", comparator="<=", threshold=0.005, aim=0.002,
            rates=True),
     Target(name="paced p99.9 / budget", value="latency.p999_us", over="latency.budget_us", comparator="<=", threshold=0.2,
-           aim=0.03, proof="latency.verdict"),
+           aim=0.03, proof="latency.verdict", host="latency.control_p999_us"),
 )  # fmt: skip
 """What holds for every function (targets: "student / teacher score", "KD gain", "INT8 PTQ drop", "p99.9 of the chosen backend")."""
 
@@ -110,6 +112,7 @@ class TargetResult(BaseModel):
     unit: str
     verdict: Literal["met", "MISS", "INCONCLUSIVE", "not reached"]
     aim_met: bool | None
+    host: float | None
 
 
 def scorecard_json(
@@ -138,15 +141,21 @@ def scorecard_json(
     return card
 
 
-def check_targets(card: Mapping[str, Any], targets: Sequence[Target] = TARGETS) -> list[TargetResult]:
-    """Hold a scorecard against its targets; a value that is null is "not reached", which is no success."""
-    return [_check(card, target) for target in targets if not target.rates or is_rate(card["metric"])]
+def check_targets(
+    card: Mapping[str, Any], targets: Sequence[Target] = TARGETS, scores: Mapping[str, Mapping[str, float]] | None = None
+) -> list[TargetResult]:
+    """Hold a scorecard against its targets; a value that is null is "not reached", which is no success.
+
+    scores: ``MODEL@SPLIT`` -> metric -> value, from the tables of the steps.
+    """
+    found = {**card, "scores": scores or {}}
+    return [_check(found, target) for target in targets if not target.rates or is_rate(card["metric"])]
 
 
 def scorecard_text(
     card: Mapping[str, Any],
     gates: Sequence[Mapping[str, Any]] = (),
-    targets: Sequence[Target] = TARGETS,
+    targets: Sequence[TargetResult] = (),
     notes: Sequence[str] = (),
 ) -> "Group":
     """The scorecard for a terminal; a missed gate or target is printed as MISS with the number and what was wanted.
@@ -166,7 +175,7 @@ def scorecard_text(
         parts += [Text("gates", style="bold"), _gate_table(gates)]
     if targets:
         table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-        for target in check_targets(card, targets):
+        for target in targets:
             table.add_row(_badge(target.verdict), Text(target.name), Text(target_text(target)))
         parts += [Text(targets_heading(card).lower(), style="bold"), table]
     parts += [Text(note) for note in notes]
@@ -244,6 +253,8 @@ def target_text(target: TargetResult) -> str:
     text = f"{value}{unit}, wanted {target.comparator} {target.threshold:g}{unit}"
     if target.aim_met is not None:
         text += f", aim {target.aim:g} {'met' if target.aim_met else 'missed'}"
+    if target.host is not None and target.verdict == "INCONCLUSIVE":
+        text += f"; the host alone: {target.host:.4g}{unit}"
     return text
 
 
@@ -330,16 +341,19 @@ def _check(card: Mapping[str, Any], target: Target) -> TargetResult:
     value, over = _number(card, target.value), 1.0 if target.over is None else _number(card, target.over)
     less = 0.0 if target.minus is None else _number(card, target.minus)
     ratio = (value - less) / over if value is not None and less is not None and over else None
+    host = None if target.host is None else _number(card, target.host)
+    host = host / over if host is not None and over else None
     verdict: Literal["met", "MISS", "INCONCLUSIVE", "not reached"] = "not reached"
     aim_met = None
     if ratio is not None and target.proof is not None and _at(card, target.proof) == "inconclusive":
         verdict = "INCONCLUSIVE"
     elif ratio is not None:
-        verdict = "met" if judge((ratio, ratio), target.comparator, target.threshold) == "pass" else "MISS"
+        met, host_met = (x is None or judge((x, x), target.comparator, target.threshold) == "pass" for x in (ratio, host))
+        verdict = "met" if met else "MISS" if host_met else "INCONCLUSIVE"
         if target.aim is not None:
             aim_met = judge((ratio, ratio), target.comparator, target.aim) == "pass"
     shown = target.model_dump(include={"name", "comparator", "threshold", "aim", "unit"})
-    return TargetResult(value=ratio, verdict=verdict, aim_met=aim_met, **shown)
+    return TargetResult(value=ratio, verdict=verdict, aim_met=aim_met, host=host, **shown)
 
 
 def _number(card: Mapping[str, Any], path: str) -> float | None:

@@ -11,7 +11,7 @@ import pandas as pd
 from rankd_pipeline.errors import GateStopped
 from rankd_pipeline.ran_functions.registry import load_function
 from rankd_pipeline.report.page import render_report
-from rankd_pipeline.report.scorecard import Target, scorecard_json
+from rankd_pipeline.report.scorecard import TargetResult, check_targets, scorecard_json
 from rankd_pipeline.spec import PipelineSpec
 from rankd_pipeline.steps.chain import GATED, STEPS
 from rankd_pipeline.steps.runner import recipe_of, require_passed
@@ -26,7 +26,7 @@ class Summary:
     artifacts: Mapping[str, Artifact]
     scorecard: dict[str, Any]
     gates: list[dict[str, Any]]
-    targets: Sequence[Target]
+    targets: Sequence[TargetResult]
     notes: list[str]
     stopped: str | None
 
@@ -61,22 +61,41 @@ def summarise(spec: PipelineSpec, artifacts: Mapping[str, Artifact], entry: Entr
         {step: artifacts[step].observed.get("seconds") if step in artifacts else None for step in STEPS},
     )
     gates = [gate for step in GATED if step in artifacts for gate in artifacts[step].metrics.get("gates", [])]
-    return Summary(artifacts, scorecard, gates, spec.targets, _notes(spec, artifacts, entry), _stopped(spec, artifacts))
+    targets = check_targets(scorecard, spec.targets, _scores(artifacts))
+    return Summary(artifacts, scorecard, gates, targets, _notes(spec, artifacts, entry), _stopped(spec, artifacts))
+
+
+SCORED = {
+    "calibration_scorecard": "Teacher and baselines",
+    "student": "Student",
+    "quantized_onnx": "Deployable files",
+    "deployment": "What is shipped",
+}
+"""Steps that leave a table of scores, and how it is called."""
+
+
+def _scores(artifacts: Mapping[str, Artifact]) -> dict[str, dict[str, float]]:
+    """``MODEL@SPLIT`` -> metric -> value over every step's table."""
+    found: dict[str, dict[str, float]] = {}
+    for step in SCORED:
+        for row in _score_rows(artifacts, step):
+            found.setdefault(f"{row['model']}@{row['split']}", {})[row["metric"]] = row["value"]
+    return found
+
+
+def _score_rows(artifacts: Mapping[str, Artifact], step: str) -> list[dict[str, Any]]:
+    if step not in artifacts or not (artifacts[step].path / "scores.json").exists():
+        return []
+    return json.loads(artifacts[step].file("scores.json").read_text())
 
 
 def tables_of(artifacts: Mapping[str, Artifact]) -> dict[str, pd.DataFrame]:
     """The tables of a report: scores of every model on every split, and the race."""
     tables = {}
-    titles = {
-        "calibration_scorecard": "Teacher and baselines",
-        "student": "Student",
-        "quantized_onnx": "Deployable files",
-        "deployment": "What is shipped",
-    }
-    for step, title in titles.items():
-        if step in artifacts and (artifacts[step].path / "scores.json").exists():
-            rows = pd.DataFrame(json.loads(artifacts[step].file("scores.json").read_text()))
-            wide = rows.pivot_table(index=["split", "model"], columns="metric", values="value", sort=False)
+    for step, title in SCORED.items():
+        rows = _score_rows(artifacts, step)
+        if rows:
+            wide = pd.DataFrame(rows).pivot_table(index=["split", "model"], columns="metric", values="value", sort=False)
             tables[title] = wide.reset_index()
     if "latency_profile" in artifacts:
         tables["The race (us)"] = pd.DataFrame(

@@ -11,7 +11,7 @@ from rankd_pipeline.audit.report import AuditConfig, AuditReport, CardRow, Findi
 from rankd_pipeline.audit.schema import SourceInfo
 from rankd_pipeline.report.figures import training_curve
 from rankd_pipeline.report.page import render_audit, render_model_card, render_report
-from rankd_pipeline.report.scorecard import scorecard_json
+from rankd_pipeline.report.scorecard import check_targets, scorecard_json
 from rankd_pipeline.runtime.signature import ModelSignature, TensorSpec
 from rankd_pipeline_tests.report.test_scorecard import SECONDS, STEPS, TOP1
 
@@ -79,7 +79,8 @@ def picture():
 
 def test_the_report_shows_everything_it_was_given(card, picture):
     tables = {"Per site": pd.DataFrame({"site": ["umi_0", HOSTILE], "top1": [0.51234, None], "n": [5000, 12]})}
-    html = render_report(card, {"training_curve": picture, "My own caption": picture}, tables, ["KD not useful", HOSTILE], [GATE])
+    html = render_report(card, {"training_curve": picture, "My own caption": picture}, tables, ["KD not useful", HOSTILE], [GATE],
+                         check_targets(card))  # fmt: skip
     text = checked(html)
     assert html.count(base64.b64encode(picture).decode()) == 2 and "My own caption" in text
     for part in (

@@ -56,7 +56,7 @@ SECONDS = {"corpus": 81.0, "teacher": 120.0, "deployment": 2.0}
 
 def printed(card, **more) -> str:
     console = Console(width=150, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(scorecard_text(card, **more))
+    console.print(scorecard_text(card, targets=check_targets(card), **more))
     return console.export_text()
 
 
@@ -149,6 +149,25 @@ def test_a_target_is_met_missed_or_not_reached(steps, verdict, value):
     card = scorecard_json("beam_management", "laptop", TOP1, steps, {})
     [result] = check_targets(card, [Target(name="t", value="student.retention", comparator=">=", threshold=0.97)])
     assert (result.verdict, result.value) == (verdict, value)
+
+
+@pytest.mark.parametrize(("p999_us", "control_us", "verdict"), [(15, 90, "met"), (57, 12, "MISS"), (57, 43, "INCONCLUSIVE")])
+def test_a_miss_that_the_host_alone_explains_proves_nothing(p999_us, control_us, verdict):
+    latency = {**STEPS["latency_profile"], "p999_us": p999_us, "control_p999_us": control_us, "budget_us": 100.0, "verdict": "pass"}
+    card = scorecard_json("beam_management", "laptop", TOP1, {**STEPS, "latency_profile": latency}, {})
+    result = next(target for target in check_targets(card) if target.name == "paced p99.9 / budget")
+    assert result.verdict == verdict
+    assert ("the host alone: 0.43" in printed(card)) == (verdict == "INCONCLUSIVE")
+
+
+def test_any_score_of_a_table_can_be_a_target():
+    loss = {"value": "scores.student@test.loss_db", "minus": "scores.teacher@test.loss_db", "comparator": "<=", "threshold": 0.1}
+    card = scorecard_json("beam_management", "laptop", TOP1, STEPS, {})
+    scores = {"student@test": {"loss_db": 1.9}, "teacher@test": {"loss_db": 1.75}}
+    [result] = check_targets(card, [Target(name="loss", **loss)], scores)
+    assert result.verdict == "MISS" and result.value == pytest.approx(0.15)
+    [unknown] = check_targets(card, [Target(name="loss", **loss)])
+    assert unknown.verdict == "not reached"
 
 
 def test_rates_are_per_cent_and_other_units_are_their_own():
