@@ -29,7 +29,7 @@ class StepInfo:
 CHAIN: tuple[StepInfo, ...] = (
     StepInfo("corpus", "Channels or own measurements, as features, delivered labels and truth", (), "6",
              ("simulate",), ("sionna-no-rt", "torch", "numpy"), reads=()),
-    StepInfo("audit_report", "The corpus health card; a blocking check", ("corpus",), "10", (), ("numpy", "scikit-learn"),
+    StepInfo("audit_report", "The corpus health card; a blocking check", ("corpus",), "11", (), ("numpy", "scikit-learn"),
              reads=("corpus.simulation", "corpus.sources")),
     StepInfo("ssl_weights", "Self-supervised weights from the unlabelled corpus", ("corpus", "audit_report"), "6",
              ("networks",), ("torch",), ("audit_report",), reads=("corpus.simulation", "teacher.network")),
@@ -57,7 +57,7 @@ CHAIN: tuple[StepInfo, ...] = (
              (), ("onnxruntime", "emx-onnx-cgen"), ("quantized_onnx",), on_host=True),
     StepInfo("deployment", "The bundle, its model card and its registered version",
              ("corpus", "audit_report", "oracle_labels", "teacher", "calibration_scorecard", "soft_labels", "student",
-              "quantized_onnx", "latency_profile"), "12",
+              "quantized_onnx", "latency_profile"), "13",
              ("baselines", "metrics"), ("onnxruntime",), ("calibration_scorecard", "quantized_onnx", "latency_profile"),
              reads=("corpus.simulation", "latency_profile.budget_us", "calibration_scorecard.resamples")),
 )  # fmt: skip
