@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from rankd_pipeline.errors import RankdError
-from rankd_pipeline.runtime.signature import ModelSignature
+from rankd_pipeline.runtime.signature import ModelSignature, TensorSpec
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -206,6 +206,10 @@ class RanFunction(ABC):
     def deployed_predictor(self, run: Run, signature: ModelSignature) -> Predictor:
         """The very file (on onnxruntime, or as its bundle), as a predictor over feature columns."""
         return lambda features: run(self.model_inputs(features))[signature.decision.name]
+
+    def answer(self, cfg: Any, budget_us: float) -> TensorSpec:
+        """What a deployed predictor says of one sample, and telemetry carries; by default the decision of its signature."""
+        return self.signatures(cfg, budget_us)[0].decision
 
     def calls(self, features: Arrays, signature: ModelSignature, run: Run) -> dict[str, np.ndarray]:
         """What the deployed model is called with in the field, one row a call: all tensors of its signature.

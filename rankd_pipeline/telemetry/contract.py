@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from rankd_pipeline.audit.schema import ColumnSpec, CorpusSchema, as_column
 from rankd_pipeline.ran_functions.contract import RanFunction
-from rankd_pipeline.store.tensors import column_array
+from rankd_pipeline.store.tensors import column_array, tensor_array
 
 MAX_TEXT = 200
 BAD_ROWS = 0.01
@@ -94,11 +94,13 @@ def telemetry_schema(function: RanFunction, cfg: Any, budget_us: float) -> Telem
             continue
         carried = spec.role in ("feature", "mask") or spec.name == corpus.band_column
         (required if carried else optional)[spec.name] = spec
-    decision = function.signatures(cfg, budget_us)[0].decision
+    answer = function.answer(cfg, budget_us)
     required["output"] = ColumnSpec(
-        name="output", dtype="float32", axes=decision.axes, shape=decision.shape, unit=decision.unit, role="context"
+        name="output", dtype="float32", axes=answer.axes, shape=answer.shape, unit=answer.unit, role="context"
     )
     for quantity in CONTEXT:
+        if quantity.name in required:  # a function that decides by it has it among its features
+            continue
         common = {"dtype": "float32", "unit": quantity.unit, "nullable": True, "role": "context"}
         optional[quantity.name] = ColumnSpec(name=quantity.name, valid_range=quantity.valid_range, **common)
         optional[error_column(quantity.name)] = ColumnSpec(
@@ -161,7 +163,10 @@ def _column(column: pa.ChunkedArray, spec: ColumnSpec, required: bool) -> tuple[
     """
     n = len(column)
     if spec.dtype == "string":
-        values = np.array([value if isinstance(value, str) else "" for value in column.to_pylist()], dtype=object)
+        try:
+            values = np.array([value if isinstance(value, str) else "" for value in column.to_pylist()], dtype=object)
+        except UnicodeDecodeError:
+            raise Unusable(f"column {spec.name!r}: it holds bytes that are no UTF-8 text") from None
         return values, np.array([0 < len(value) <= MAX_TEXT for value in values])
     present = ~column.combine_chunks().is_null().to_numpy(zero_copy_only=False) if column.null_count else np.ones(n, bool)
     values = _numbers(column, spec)
@@ -226,7 +231,9 @@ def _labels(table: pa.Table, schema: TelemetrySchema) -> tuple[np.ndarray | None
     shape = tuple(column.type.shape)
     flat = np.zeros((n, int(np.prod(shape))), np.float32)
     flat[has] = column.filter(pa.array(has)).to_numpy_ndarray().reshape(-1, flat.shape[1])
-    return flat.reshape(n, *shape), has, has & ~np.isfinite(flat).all(axis=1)
+    # Parquet gives no tensor back that is null, so a row without a label is one of NaN.
+    has = has & ~np.isnan(flat).all(axis=1)
+    return np.where(has[:, None], flat, 0).reshape(n, *shape), has, has & ~np.isfinite(flat).all(axis=1)
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -251,6 +258,5 @@ def table_of(columns: Mapping[str, np.ndarray | Sequence[Any]], schema: Telemetr
 def _label_array(label: np.ndarray, has: np.ndarray) -> pa.Array:
     if label.ndim == 1:
         return pa.array(label.astype(np.int32), mask=~has)
-    kind = pa.fixed_shape_tensor(pa.float32(), label.shape[1:])
-    rows = [row.reshape(-1).astype(np.float32) if there else None for row, there in zip(label, has, strict=True)]
-    return pa.ExtensionArray.from_storage(kind, pa.array(rows, type=kind.storage_type))
+    there = has.reshape(-1, *[1] * (label.ndim - 1))
+    return tensor_array(np.where(there, label, np.nan).astype(np.float32))

@@ -23,6 +23,8 @@ from rankd_pipeline.steps.chain import STEPS
 from rankd_pipeline.steps.runner import open_store, run_step
 from rankd_pipeline.steps.summary import reached, summarise
 from rankd_pipeline.store.tensors import column_array, tensor_array
+from rankd_pipeline.telemetry.contract import read_file, telemetry_schema
+from rankd_pipeline.telemetry.field import Play, play, simulated
 
 pytestmark = pytest.mark.xdist_group("link_chain")
 FUNCTION = LinkAdaptation()
@@ -226,6 +228,50 @@ def test_a_dagger_round_logs_what_the_deployed_model_does(made, monkeypatch):
     other = FUNCTION.corpus_config({**raw, "policies": {**policies, "learned_model": "0" * 64}})
     with pytest.raises(RankdError, match="learned_model says 000000000000"):
         FUNCTION.simulate(other, shard)
+
+
+def test_the_field_plays_and_its_labels_come_back_as_harq_left_them(made, tmp_path):
+    """An hour of telemetry from the shipped bundle: windows with the BLER of every slot, half of the sessions labelled."""
+    spec, artifacts = made
+    raw = {"trace_slots": 256, "window_slots": 128}
+    cfg, bundle = FUNCTION.corpus_config(raw), artifacts["deployment"].path / "bundle"
+    wanted = Play(bundle, frozenset({"proud_receivers"}), 1, 24, 0.5, 3, 3600.0 * 480_000)
+    (path,) = play(FUNCTION, raw, 1000.0, wanted, tmp_path, 1)
+    columns, left_out = read_file(path, telemetry_schema(FUNCTION, cfg, 1000.0))
+    assert left_out == 0 and columns["output"].shape == (len(columns["time_s"]), 128, 28)
+    assert (np.diff(columns["output"], axis=-1) >= -1e-6).all()
+    labelled = columns["has_label"]
+    assert 0 < labelled.mean() < 1 and set(np.unique(columns["label"][labelled])) <= {0.0, 0.5, 1.0}
+    head = FUNCTION.head()
+    scores = head.row_scores(columns["output"][labelled], columns["label"][labelled])
+    assert (scores > 0.5).all() and (scores <= 1).all()
+    # what HARQ does not say counts for nothing
+    said = np.where(columns["label"][labelled] == 0.5, 0.123, columns["output"][labelled])
+    np.testing.assert_allclose(head.row_scores(said, columns["label"][labelled]), scores)
+    baseline = FUNCTION.baselines(cfg)[0].fit({}, {}, 0)
+    assert baseline(columns).shape == columns["output"].shape
+
+
+@pytest.mark.parametrize("shift", list(FUNCTION.shifts))
+def test_every_shift_changes_the_field_and_nothing_else(shift):
+    cfg = FUNCTION.corpus_config({})
+    plain, shifted = FUNCTION.field_config(cfg, frozenset(), 64), FUNCTION.field_config(cfg, frozenset({shift}), 64)
+    assert plain != shifted and plain.seen_traces == shifted.seen_traces == 8
+    assert {site.scenario for site in plain.sites} == {"UMi"} and [band.ghz for band in plain.bands] == [2.1]
+    FUNCTION.corpus_config(shifted.model_dump())
+
+
+def test_proud_receivers_report_more_and_slow_reports_are_older():
+    raw = {"trace_slots": 128, "window_slots": 128, "sites": [{"name": "a", "scenario": "TDL-A", "speed_kmh": [3, 3]}]}
+    cfg = FUNCTION.corpus_config(raw)
+
+    def hour(*shifts: str) -> dict[str, np.ndarray]:
+        features = simulated(FUNCTION, cfg, frozenset(shifts), 12, 5)[0]
+        return {name: features[name].astype(float) for name in ("cqi", "cqi_age_slots")}
+
+    plain, proud, slow = hour(), hour("proud_receivers"), hour("slow_reports")
+    assert 1.0 < (proud["cqi"] - plain["cqi"]).mean() < 2.0  # a CQI step is some 2 dB
+    assert slow["cqi_age_slots"].mean() > plain["cqi_age_slots"].mean() + 15
 
 
 def _windows(corpus, rows: int) -> dict[str, np.ndarray]:

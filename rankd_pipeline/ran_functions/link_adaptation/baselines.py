@@ -17,6 +17,8 @@ from rankd_pipeline.ran_functions.link_adaptation.tables import LinkTables, link
 
 STEPS_DB = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
 OFFSETS_DB = (-1.0, 0.0, 1.0, 2.0)
+UNTUNED_STEP_DB = 0.1
+"""Where there are no traces to tune on: telemetry holds windows, not what every MCS would have come to."""
 TOLERANCE = 0.01
 """How far the BLER may lie from the target, in the tuning as in the gate."""
 
@@ -38,6 +40,8 @@ def all_baselines(cfg: LinkCorpusConfig) -> tuple[Baseline, ...]:
 
 def tuned_outer_loop(val: Arrays, seed: int, tables: LinkTables) -> OuterLoop:
     """The outer loop with the step and first offset of highest goodput among those that keep the BLER within TOLERANCE."""
+    if "drop_id" not in val:
+        return OuterLoop(tables, BLER_TARGET, UNTUNED_STEP_DB)
     traces = validation_traces(val, seed)
     grid = [OuterLoop(tables, BLER_TARGET, step, offset) for step in STEPS_DB for offset in OFFSETS_DB]
     return grid[_best(*_scores(grid, traces))]
@@ -45,6 +49,8 @@ def tuned_outer_loop(val: Arrays, seed: int, tables: LinkTables) -> OuterLoop:
 
 def tuned_by_doppler(val: Arrays, seed: int, tables: LinkTables) -> OuterLoopByDoppler:
     """The same with a step for each class of Doppler, under one first offset."""
+    if "drop_id" not in val:
+        return OuterLoopByDoppler(tables, BLER_TARGET, DOPPLER_EDGES_HZ, np.full(len(DOPPLER_CLASSES), UNTUNED_STEP_DB), 0.0)
     traces = validation_traces(val, seed)
     kind = np.searchsorted(DOPPLER_EDGES_HZ, traces.doppler_hz_N)
     candidates = []

@@ -65,6 +65,7 @@ class FeedbackConfig(_Strict):
     cqi_bias_db: float = Field(
         default=1.0, ge=0, description="1 sigma between users: receivers differ, CQI is only what each claims"
     )
+    cqi_bias_mean_db: float = Field(default=0.0, description="what the receivers of a network claim too much on average")
     cqi_error_db: float = Field(default=0.7, ge=0, description="1 sigma of each measurement")
     doppler_error: float = Field(default=0.2, ge=0, description="1 sigma of the log of the Doppler estimate")
 
@@ -163,3 +164,50 @@ class LinkCorpusConfig(_Strict):
     def windows(self) -> int:
         """Training samples of one trace."""
         return self.trace_slots // self.window_slots
+
+
+SHIFTS = {
+    "uma": "the small cells become UMa macro cells (TR 38.901), 25 m high",
+    "speed_60": "users move at 60 km/h instead of 3",
+    "band_49": "the carrier is refarmed from the lowest to the highest training band (2.1 to 4.9 GHz)",
+    "new_site": "half of the users are at a new site, a motorway",
+    "busy_neighbour": "the neighbour cell goes live: every user sees its bursts",
+    "proud_receivers": "a new generation of receivers reports CQI 3 dB too high",
+    "slow_reports": "CQI reports every 80 slots instead of 10 to 40",
+}
+WALKING_KMH, DRIVING_KMH = (2.0, 4.0), (55.0, 65.0)
+NEW_SITE = SiteConfig(name="bypass", scenario="TDL-D", speed_kmh=(80.0, 120.0), delay_spread_ns=(30.0, 100.0))
+
+
+def field_config(cfg: LinkCorpusConfig, shifts: frozenset[str], rows: int) -> LinkCorpusConfig:
+    """The network's small cells with walking users on its lowest training band, and what `shifts` do to them."""
+    seen = [site for site in cfg.sites if site.role == "seen"]
+    sites = [site for site in seen if site.scenario == "UMi"] or seen
+    bands = sorted((band for band in cfg.bands if band.role == "train"), key=lambda band: band.ghz)
+    if "band_49" in shifts and len(bands) == 1:
+        bands.append(_default_bands()[2])
+    changes: dict = {"speed_kmh": DRIVING_KMH if "speed_60" in shifts else WALKING_KMH}
+    if "uma" in shifts:
+        changes |= {"scenario": "UMa", "shadow_sigma_db": 4.0, "shadow_distance_m": 40.0}
+    if "busy_neighbour" in shifts:
+        changes |= {"interfered_share": 1.0, "interference_load": (0.6, 0.9), "inr_db": (6.0, 12.0)}
+    placed = [site.model_copy(update=changes) for site in sites]
+    if "new_site" in shifts:  # as many users as at all the others together
+        placed += [NEW_SITE.model_copy(update={"name": f"{NEW_SITE.name}_{number}"}) for number in range(1, len(placed) + 1)]
+    reports = {}
+    if "proud_receivers" in shifts:
+        reports["cqi_bias_mean_db"] = cfg.feedback.cqi_bias_mean_db + 3.0
+    if "slow_reports" in shifts:
+        reports["cqi_period_slots"] = (80,)
+    return cfg.model_copy(
+        update={
+            "sites": tuple(placed),
+            "bands": (bands[-1 if "band_49" in shifts else 0],),
+            "feedback": cfg.feedback.model_copy(update=reports),
+            "seen_traces": max(1, round(rows / cfg.windows)),
+            "heldout_site_traces": 0,
+            "heldout_band_traces": 0,
+            "labelled_share": 1.0,
+            "split_shares": (1.0, 0.0, 0.0),
+        }
+    )

@@ -10,7 +10,7 @@ import numpy as np
 from rankd_pipeline.audit.schema import ColumnSpec, CorpusSchema
 from rankd_pipeline.errors import RankdError
 from rankd_pipeline.ran_functions.contract import Arrays, Baseline, Metric, Predictor, RanFunction, Run
-from rankd_pipeline.ran_functions.link_adaptation.config import BLER_TARGET, SLOT_US, LinkCorpusConfig
+from rankd_pipeline.ran_functions.link_adaptation.config import BLER_TARGET, SHIFTS, SLOT_US, LinkCorpusConfig, field_config
 from rankd_pipeline.ran_functions.link_adaptation.rollout import REPORT_FIELDS, Policy, roll_out, traces_of
 from rankd_pipeline.ran_functions.link_adaptation.tables import N_CQI, N_MCS
 from rankd_pipeline.runtime.signature import ModelSignature, TensorSpec
@@ -215,6 +215,10 @@ class LinkAdaptation(RanFunction):
         state = next(spec for spec in signature.inputs if spec.name == "state")
         return Learned(run, state.elements, BLER_TARGET)
 
+    def answer(self, cfg: LinkCorpusConfig, budget_us: float) -> TensorSpec:
+        """A sample is a window, and what is said of it is the BLER of every MCS in every slot."""
+        return TensorSpec(name="bler", axes=("slot", "mcs"), shape=(cfg.window_slots, N_MCS), unit="probability")
+
     def calls(self, features: Arrays, signature: ModelSignature, run: Run) -> dict[str, np.ndarray]:
         """Slots spread over the windows, with the state that the slots before have left, and every kind of BLER target."""
         from rankd_pipeline.ran_functions.link_adaptation.networks import TARGETS
@@ -264,6 +268,16 @@ class LinkAdaptation(RanFunction):
         traces, _ = traces_of(features, truth)
         rollouts = {name: roll_out(traces, _policy(name, model)) for name, model in models.items() if name != "teacher_raw"}
         yield from rollout_pictures(traces, rollouts)
+
+    # -- the field ------------------------------------------------------------------------------------------------
+    shifts = SHIFTS
+
+    def field_config(self, cfg: LinkCorpusConfig, shifts: frozenset[str], rows: int) -> LinkCorpusConfig:
+        return field_config(cfg, shifts, rows)
+
+    def field_context(self, cfg: LinkCorpusConfig, features: Arrays, truth: Arrays) -> dict[str, np.ndarray]:
+        """The SINR of a window, as a base station gathers it from CQI and HARQ over time; Doppler is among the features."""
+        return {"snr_db": 10.0 * np.log10((10.0 ** (np.asarray(truth["sinr_db"], np.float64) / 10.0)).mean(axis=1))}
 
     def latency_cases(self, inputs: Arrays) -> dict[str, dict[str, np.ndarray]]:
         """Slots with and without HARQ feedback: a mask may not change the time, and the race shows it."""

@@ -49,7 +49,12 @@ class OuterLoop(Policy):
     def choose(self, report: Report) -> Choice:
         moved = self.offset + np.where(report["harq_ack"] > 0, -self.down, self.up)
         self.offset = np.clip(np.where(report["harq_mask"] > 0, moved, self.offset), *OFFSET_LIMITS_DB)
-        return Choice(self.pick(self.tables.cqi_sinr_db_Q[report["cqi"]] - self.offset))
+        self.sinr_db = self.tables.cqi_sinr_db_Q[report["cqi"]] - self.offset
+        return Choice(self.pick(self.sinr_db))
+
+    def expected(self, choice: Choice) -> np.ndarray:
+        """The tables at the reported SINR less the offset."""
+        return self.tables.bler_at(self.sinr_db, self.allocation)
 
     def pick(self, sinr_db: np.ndarray) -> np.ndarray:
         """Highest MCS [N] that meets the target at this SINR, 0 if none does."""

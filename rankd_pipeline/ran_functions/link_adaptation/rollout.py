@@ -60,14 +60,18 @@ class Policy(ABC):
 
     def __call__(self, features: Mapping[str, np.ndarray]) -> np.ndarray:
         """What the policy says in every slot of logged windows [n, L, M], each window from a fresh start, in shadow mode:
-        the BLER that it predicts, or, if it predicts none, 1 at its choice."""
+        the BLER that it expects of every MCS."""
         said = []
         self.start(_logged(features))
         for slot in range(features["cqi"].shape[1]):
             report = {name: values if values.ndim == 1 else values[:, slot] for name, values in _fields(features).items()}
             choice = self.choose(report)
-            said.append(np.eye(N_MCS, dtype=np.float32)[choice.mcs] if choice.bler is None else choice.bler)
+            said.append(self.expected(choice) if choice.bler is None else choice.bler)
         return np.stack(said, axis=1)
+
+    def expected(self, choice: Choice) -> np.ndarray:
+        """The BLER [N, M] that a policy which predicts none acts by; by default all or nothing: what it would not send is lost."""
+        return (np.arange(N_MCS) > np.asarray(choice.mcs)[:, None]).astype(np.float32)
 
 
 @dataclass(frozen=True)

@@ -225,7 +225,7 @@ class _Users:
         clause 5.2.2.1); it believes its own measurement, which has a bias of the receiver and an error of the moment.
         """
         feedback, rng = self.cfg.feedback, self.rng
-        bias = rng.normal(0.0, feedback.cqi_bias_db, self.n)
+        bias = rng.normal(feedback.cqi_bias_mean_db, feedback.cqi_bias_db, self.n)
         claimed = effective_NTM[..., CQI_TO_MCS] + bias[:, None, None]
         claimed += rng.normal(0.0, feedback.cqi_error_db, (self.n, self.slots, 1)).astype(np.float32)
         index = np.arange(len(CQI_TO_MCS), dtype=np.uint8)
