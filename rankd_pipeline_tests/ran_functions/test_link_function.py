@@ -22,6 +22,7 @@ from rankd_pipeline.spec import load_pipeline
 from rankd_pipeline.steps.chain import STEPS
 from rankd_pipeline.steps.runner import open_store, run_step
 from rankd_pipeline.steps.summary import reached, summarise
+from rankd_pipeline.steps.watch import report_drift, take_telemetry
 from rankd_pipeline.store.tensors import column_array, tensor_array
 from rankd_pipeline.telemetry.contract import read_file, telemetry_schema
 from rankd_pipeline.telemetry.field import Play, play, simulated
@@ -250,6 +251,24 @@ def test_the_field_plays_and_its_labels_come_back_as_harq_left_them(made, tmp_pa
     np.testing.assert_allclose(head.row_scores(said, columns["label"][labelled]), scores)
     baseline = FUNCTION.baselines(cfg)[0].fit({}, {}, 0)
     assert baseline(columns).shape == columns["output"].shape
+
+
+def test_drift_names_what_moved_and_says_what_the_model_is_worth(made, tmp_path, monkeypatch):
+    """Two calm hours are the reference, a third is judged calm; then the users drive, and then their reports come seldom."""
+    spec, artifacts = made
+    monkeypatch.setenv("RANKD_HOME", str(tmp_path))
+    current = settings()
+    store, folder = open_store(current), current.telemetry_dir(spec.pipeline)
+    for hour, shifts in enumerate([(), (), (), ("speed_60",), ("slow_reports",)]):
+        wanted = Play(artifacts["deployment"].path / "bundle", frozenset(shifts), 1, 120, 0.5, 0, 3600.0 * (480_000 + hour))
+        play(FUNCTION, spec.steps.corpus.simulation, 1000.0, wanted, folder, 1)
+    take_telemetry(spec, store, current)
+    report = report_drift(spec, store, current)
+    *reference, calm, driving, seldom = json.loads(report.file("drift.json").read_text())["windows"]
+    assert [window["state"] for window in reference] == ["reference", "reference"]
+    assert not calm["causes"] and 0.5 < calm["quality"]["score"] < 1 and calm["quality"]["baseline"] < 1
+    assert [cause["cause"] for cause in driving["causes"]] == ["doppler"] and driving["action"] == "redistil"
+    assert "cqi_age_slots level" in {test["name"] for test in seldom["tests"] if test["moved"]} and seldom["causes"]
 
 
 @pytest.mark.parametrize("shift", list(FUNCTION.shifts))

@@ -176,11 +176,16 @@ SHIFTS = {
     "slow_reports": "CQI reports every 80 slots instead of 10 to 40",
 }
 WALKING_KMH, DRIVING_KMH = (2.0, 4.0), (55.0, 65.0)
+RUNNING = PolicyConfig(cqi_table=0, illa=0, olla=1, random=0, olla_delta_up_db=(0.1, 0.5), olla_offset_db=(0.0, 0.0))
+"""What sends in the field: the base station's own outer loop, for services of different targets; the model speaks beside it."""
 NEW_SITE = SiteConfig(name="bypass", scenario="TDL-D", speed_kmh=(80.0, 120.0), delay_spread_ns=(30.0, 100.0))
 
 
 def field_config(cfg: LinkCorpusConfig, shifts: frozenset[str], rows: int) -> LinkCorpusConfig:
-    """The network's small cells with walking users on its lowest training band, and what `shifts` do to them."""
+    """The network's small cells with walking users on its lowest training band, and what `shifts` do to them.
+
+    The model runs in shadow mode: what is sent, and so what HARQ says, is the outer loop's.
+    """
     seen = [site for site in cfg.sites if site.role == "seen"]
     sites = [site for site in seen if site.scenario == "UMi"] or seen
     bands = sorted((band for band in cfg.bands if band.role == "train"), key=lambda band: band.ghz)
@@ -204,6 +209,7 @@ def field_config(cfg: LinkCorpusConfig, shifts: frozenset[str], rows: int) -> Li
             "sites": tuple(placed),
             "bands": (bands[-1 if "band_49" in shifts else 0],),
             "feedback": cfg.feedback.model_copy(update=reports),
+            "policies": RUNNING,
             "seen_traces": max(1, round(rows / cfg.windows)),
             "heldout_site_traces": 0,
             "heldout_band_traces": 0,
