@@ -65,10 +65,10 @@ CHAIN: tuple[StepInfo, ...] = (
 STEPS: dict[str, StepInfo] = {info.name: info for info in CHAIN}
 
 FIELD: tuple[StepInfo, ...] = (
-    StepInfo("telemetry", "What came back from the field: finished files, taken in and cut into windows", (), "2",
+    StepInfo("telemetry", "What came back from the field: finished files, taken in and cut into windows", (), "3",
              (), ("pyarrow",), reads=("corpus.simulation", "latency_profile.budget_us")),
     StepInfo("drift_report", "Has the field moved, how good is the champion there, and why: one judgement a window", ("telemetry",),
-             "5", ("baselines",), ("scipy", "scikit-learn", "onnxruntime"),
+             "6", ("baselines",), ("scipy", "scikit-learn", "onnxruntime"),
              reads=("corpus.simulation", "latency_profile.budget_us")),
 )  # fmt: skip
 """Steps outside the chain: what comes back from the field. What they read depends on it, so steps/watch.py runs them."""
