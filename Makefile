@@ -1,4 +1,5 @@
 # `make run`: set up and run the whole beam-management chain. `make test`: set up and check everything. `make ui`: look at it.
+# `make demo-drift`: the field shifts, the champion is re-distilled and promoted, unattended; in a home of its own.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -13,7 +14,7 @@ export DAGSTER_DISABLE_TELEMETRY := yes
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 
-.PHONY: help run test ui lint clean postgres
+.PHONY: help run test ui demo-drift lint clean postgres
 
 help:
 	@grep '^# `make' Makefile | cut -c3-
@@ -26,6 +27,9 @@ test: lint postgres
 
 ui: $(STAMP)
 	@$(BIN)/rankd ui
+
+demo-drift: $(STAMP)
+	@RANKD_HOME=$${RANKD_HOME:-data/demo-drift} $(BIN)/python -m benchmarks.demo_drift
 
 lint: $(STAMP)
 	$(BIN)/ruff check

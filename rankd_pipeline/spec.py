@@ -145,6 +145,8 @@ class TelemetryStep(_Strict):
     """How telemetry is taken in and cut into windows (telemetry/windows.py), and who owns it.
 
     keep_hours: how far back an artifact reaches. future_s: rows from further ahead are from a wrong clock.
+    Where telemetry joins a corpus as site data: judge_share of the labelled sessions is held back to judge the challenger
+    by, val_share validates, and the rest trains with a weight of site_share of all training rows.
     """
 
     window_hours: float = Field(default=1.0, gt=0)
@@ -154,6 +156,9 @@ class TelemetryStep(_Strict):
     future_s: float = Field(default=3600.0, ge=0)
     owner: str = "operator"
     may_leave: bool = False
+    judge_share: Share = 0.4
+    val_share: Share = 0.15
+    site_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.3
 
 
 class DriftStep(_Strict):
@@ -171,6 +176,20 @@ class DriftStep(_Strict):
     causes: dict[Cause, Action] = {}
 
 
+class ShadowStep(_Strict):
+    """When a challenger takes over (evaluation/challenge.py), in the unit of the function's score.
+
+    min_gain: it must be better by more than this on the labelled rows that were held back. alpha: chance of promoting one
+    that is not, over all looks at one champion. max_forgetting: what it may lose on the general test set.
+    """
+
+    alpha: float = Field(default=0.01, gt=0, lt=0.5)
+    min_gain: float = Field(default=0.005, ge=0)
+    max_forgetting: float = Field(default=0.01, ge=0)
+    min_labelled: int = Field(default=100, ge=2)
+    min_sessions: int = Field(default=20, ge=2)
+
+
 class StepConfigs(_Strict):
     corpus: CorpusStep = CorpusStep()
     audit_report: AuditStep = AuditStep()
@@ -185,6 +204,7 @@ class StepConfigs(_Strict):
     deployment: DeploymentStep = DeploymentStep()
     telemetry: TelemetryStep = TelemetryStep()
     drift_report: DriftStep = DriftStep()
+    shadow_run: ShadowStep = ShadowStep()
 
 
 class Gates(_Strict):
@@ -233,12 +253,33 @@ class Schedule(_Strict):
     enabled: bool = False
 
 
+class SensorSwitch(_Strict):
+    """enabled: switched on when the daemon starts; it can be switched in the UI. interval_s: least time between its looks."""
+
+    enabled: bool = False
+    interval_s: int = Field(default=30, ge=5)
+
+
+class DriftSensor(SensorSwitch):
+    """cooldown_hours: after a re-distillation was started, none is started for so long. min_labelled: labelled rows that the
+    drifted windows must have, or there is too little to learn from and to judge by."""
+
+    cooldown_hours: float = Field(default=12.0, ge=0)
+    min_labelled: int = Field(default=2000, ge=0)
+
+
+class Sensors(_Strict):
+    telemetry: SensorSwitch = SensorSwitch()
+    drift: DriftSensor = DriftSensor()
+
+
 class PipelineConfig(_Strict):
     """The `attributes` of a pipeline's defs.yaml.
 
     steps: the configuration at `laptop` scale. scales and variants: what differs, merged over it in that order.
     targets: what a run is held against beside its gates, after those that hold for every function. ablation: the grid of
-    `rankd ablate`; a scale may change parts of it under its own key `ablation`.
+    `rankd ablate`; a scale may change parts of it under its own key `ablation`. redistill: what
+    differs in steps when a champion is re-distilled on telemetry, merged last; the corpus stays what it is.
     """
 
     pipeline: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
@@ -252,9 +293,11 @@ class PipelineConfig(_Strict):
     targets: tuple[Target, ...] = ()
     ablation: Ablation = Ablation()
     schedule: Schedule = Schedule()
+    sensors: Sensors = Sensors()
+    redistill: dict[str, Any] = {}
 
-    def at(self, scale: str = "laptop", seed: int = 0, variant: str = "default") -> "PipelineSpec":
-        """The effective configuration.
+    def at(self, scale: str = "laptop", seed: int = 0, variant: str = "default", site: "SiteData | None" = None) -> "PipelineSpec":
+        """The effective configuration; with `site` that of a re-distillation.
 
         Raises: RankdError for an unknown scale or variant, or a value that does not validate (naming its key).
         """
@@ -268,11 +311,27 @@ class PipelineConfig(_Strict):
         merged = deep_merge(self.steps, over)
         if variant != "default":
             merged = deep_merge(merged, self.variants[variant])
+        if "corpus" in self.redistill:
+            raise RankdError(f"pipeline {self.pipeline}, redistill: it cannot change 'corpus'; site data join the corpus as it is.")
+        if site is not None:
+            merged = deep_merge(merged, self.redistill)
         steps = validated(StepConfigs, merged, f"pipeline {self.pipeline}, steps")
         return PipelineSpec(
             pipeline=self.pipeline, function=self.function, scale=scale, seed=seed, variant=variant, steps=steps, gates=self.gates,
-            targets=(*TARGETS, *self.targets), ablation=validated(Ablation, grid, f"pipeline {self.pipeline}, ablation"),
+            targets=(*TARGETS, *self.targets), ablation=validated(Ablation, grid, f"pipeline {self.pipeline}, ablation"), site=site,
         )  # fmt: skip
+
+
+class SiteData(_Strict):
+    """What a re-distillation adds to a chain, by content.
+
+    telemetry: recipe of the artifact whose rows join the corpus. windows: which of them, [start_s, end_s). start: recipe of
+    the deployment whose teacher and student are trained on; empty: from untrained networks.
+    """
+
+    telemetry: str
+    windows: tuple[tuple[float, float], ...] = Field(min_length=1)
+    start: str = ""
 
 
 class PipelineSpec(_Strict):
@@ -287,6 +346,7 @@ class PipelineSpec(_Strict):
     gates: Gates
     targets: tuple[Target, ...] = TARGETS
     ablation: Ablation = Ablation()
+    site: SiteData | None = None
 
     @property
     def students(self) -> dict[str, StudentCandidate]:

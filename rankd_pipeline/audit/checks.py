@@ -40,6 +40,7 @@ class AuditConfig(BaseModel):
     labelled_warn: least share of training rows with a label. imbalance_warn: largest over smallest scenario.
     comparisons: the statistical checks that run (see audit/patterns.py).
     sampled_rows: rows (whole units) kept for the statistical checks. spill_rows: rows kept in memory before spilling to disk.
+    accept: source -> faults that only warn there, because what is known of the source explains them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -58,6 +59,7 @@ class AuditConfig(BaseModel):
     sampled_rows: int = Field(default=40_000, ge=100)
     label_rows: int = Field(default=5_000, ge=100)
     spill_rows: int = Field(default=1_000_000, ge=1)
+    accept: dict[str, tuple[str, ...]] = {}
     seed: int = 0
 
 

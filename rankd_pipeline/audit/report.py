@@ -95,6 +95,12 @@ class AuditReport(BaseModel):
         return json.loads(self.model_dump_json())
 
 
+def _accepted(finding: Finding, cfg: AuditConfig) -> Finding:
+    """A fault that is known of its source does not stop the chain; it is told all the same."""
+    known = any(finding.fault in faults and f"source {source}" in finding.where for source, faults in cfg.accept.items())
+    return finding.model_copy(update={"severity": "warn"}) if known else finding
+
+
 def audit(
     feature_batches: Batches,
     labels: pa.Table | None,
@@ -128,6 +134,7 @@ def audit(
             findings += more
     finally:
         stream.close()
+    findings = [_accepted(finding, cfg) for finding in findings]
     findings.sort(key=lambda f: (f.severity != "fail", f.fault, f.where))
     context = _Context(stream, facts, labels, sources, noise, sample.rows if sample else 0)
     return AuditReport(

@@ -6,7 +6,7 @@ import sys
 import click
 
 from rankd_pipeline.cli.bundles import lineage, predict, profile
-from rankd_pipeline.cli.drift import drift
+from rankd_pipeline.cli.drift import drift, redistill
 from rankd_pipeline.cli.field import field
 from rankd_pipeline.cli.host import doctor
 from rankd_pipeline.cli.reports import ablate, report
@@ -30,7 +30,7 @@ def rankd() -> None:
 
 
 COMMANDS = (
-    init, run, plan, functions, report, ablate, predict, lineage, profile, field, drift, history, rollback,
+    init, run, plan, functions, report, ablate, predict, lineage, profile, field, drift, redistill, history, rollback,
     gc, pin, unpin, doctor, ui,
 )  # fmt: skip
 for command in COMMANDS:

@@ -4,7 +4,8 @@ import csv
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,17 +117,23 @@ def _decisions(predictor: "Predictor", rows: list[int], inputs: Inputs) -> "list
 
 # -- lineage ------------------------------------------------------------------------------------------------------------
 @click.command()
-@click.argument("bundle")
-@click.option("--json", "as_json", is_flag=True, help="The whole chain as one JSON object.")
-def lineage(bundle: str, as_json: bool) -> int:
-    """From BUNDLE (a folder, or models:/NAME@ALIAS, models:/NAME/VERSION) back to the corpus.
+@click.argument("bundle", required=False)
+@click.option("--site", help="Instead: which deployed models has data of this site touched?")
+@click.option("--json", "as_json", is_flag=True, help="The answer as one JSON object.")
+def lineage(bundle: str | None, site: str | None, as_json: bool) -> int:
+    """From BUNDLE (a folder, or models:/NAME@ALIAS, models:/NAME/VERSION) back to the corpora and telemetry behind it.
 
-    Needs no server and no database. Every hash that can be checked is checked; exit code 2 if one does not hold.
+    With --site the other way: which models has this site's data touched. Needs no server and no database. Every hash that
+    can be checked is checked; exit code 2 if one does not hold.
     """
     from rankd_pipeline.store.lineage import lineage_of
 
     current = settings()
-    path = bundle_path(bundle, current)
+    if (bundle is None) == (site is None):
+        raise RankdError("lineage: expected a BUNDLE, or --site SITE.")
+    if site is not None:
+        return _models_of_site(site, current, as_json)
+    path = bundle_path(str(bundle), current)
     store = _store_if_there(current)
     found = lineage_of(path, store)
     found.problems.extend(_bundle_problems(path, found))
@@ -135,6 +142,44 @@ def lineage(bundle: str, as_json: bool) -> int:
     else:
         _print_tree(found)
     return 0 if found.intact else 2
+
+
+def _models_of_site(site: str, current: Settings, as_json: bool) -> int:
+    """Every deployment that rows of the site went into, with the version and the service that the ledger knows."""
+    from rankd_pipeline.store.ledger import open_ledger
+    from rankd_pipeline.store.lineage import models_of_site
+
+    store = _store_if_there(current)
+    rows = []
+    for touched in models_of_site(store, site) if store is not None else []:
+        ledger = open_ledger(current, touched.pipeline)
+        entry, champion = ledger.registered(touched.recipe), ledger.champion()
+        version = None if entry is None else entry.version
+        served = any(service.entry.version == version for service in ledger.services())
+        serves = champion is not None and champion.version == version
+        told = [asdict(item) for item in touched.field]
+        rows.append({**asdict(touched), "field": told, "version": version, "served": served, "serves": serves})
+    if as_json:
+        click.echo(json.dumps({"site": site, "models": rows}, indent=1))
+        return 0
+    for row in rows:
+        what = "serves now" if row["serves"] else "served" if row["served"] else "never served"
+        telemetry = [
+            f"{item['sites'][site]} of telemetry {item['telemetry'][:12]} ({_spans(item['windows'])})" for item in row["field"]
+        ]
+        parts = [f"{row['general_rows']} rows of its general corpus"] * bool(row["general_rows"]) + telemetry
+        version = f"v{row['version']}" if row["version"] else "unregistered"
+        click.echo(f"{row['pipeline']} {version} ({what}): {', '.join(parts)}")
+    click.echo(f"{len(rows)} model(s) were touched by data of {site}.")
+    return 0
+
+
+def _spans(windows: "Sequence[tuple[float, float]]") -> str:
+    """When, in the field's own time."""
+    from datetime import UTC, datetime
+
+    first, last = (datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%dT%H:%M") for time in (windows[0][0], windows[-1][1]))
+    return f"{first} to {last} UTC"
 
 
 def _store_if_there(current: Settings) -> "Store | None":
@@ -154,18 +199,19 @@ def _bundle_problems(path: Path, found: "Lineage") -> list[str]:
         verify_bundle(path)
     except RankdError as error:
         return [str(error)]
-    return _metadata_problems(path / MODEL, {item.step: item for item in found.made.values()})
+    return _metadata_problems(path / MODEL, found.made.values())
 
 
-def _metadata_problems(model: Path, made: Mapping[str, "Made"]) -> list[str]:
-    """What the model file says it was made from must be what the manifests say."""
+def _metadata_problems(model: Path, made: "Iterable[Made]") -> list[str]:
+    """What the model file says it was made from must be among what the manifests say."""
     from rankd_pipeline.runtime.onnx_export import read_metadata
 
     said = json.loads(read_metadata(model).get("rankd.lineage", "{}"))
+    known = {(item.recipe, item.version) for item in made}
     return [
-        f"{model}: says its {step} is {ids['recipe']}, the chain says {made[step].recipe if step in made else 'nothing'}."
+        f"{model}: says its {step} is {ids['recipe']}, the chain knows no such artifact."
         for step, ids in said.items()
-        if step not in made or (made[step].recipe, made[step].version) != (ids["recipe"], ids["version"])
+        if (ids["recipe"], ids["version"]) not in known
     ]
 
 
@@ -195,6 +241,9 @@ def _print_tree(found: "Lineage") -> None:
     click.echo(
         "sites whose data it has seen: " + (", ".join(f"{name} ({rows})" for name, rows in found.sites.items()) or "unknown")
     )
+    for item in found.field:
+        rows = ", ".join(f"{name} ({count})" for name, count in item.sites.items())
+        click.echo(f"of the field: telemetry {item.telemetry[:12]}, {_spans(item.windows)}: {rows}")
     for problem in found.problems:
         click.secho(f"PROBLEM {problem}", fg="red")
     click.echo(f"{len(found.made)} artifacts: " + ("every hash that could be checked holds." if found.intact else "NOT intact."))

@@ -47,6 +47,45 @@ def drift(function: str, last: bool, as_json: bool) -> None:
         _show(document, report)
 
 
+@click.command()
+@click.argument("function")
+def redistill(function: str) -> int:
+    """Re-distill the champion of FUNCTION on recent telemetry, and promote or refuse what comes out.
+
+    What the drift sensor and the nightly schedule start, by hand: the windows of the present drift, or all that are new. Exit
+    code 3 if a gate stops it; a challenger that is refused is no failure.
+    """
+    import time
+
+    from rankd_pipeline.cli.live import watched
+    from rankd_pipeline.cli.runs import prepare_home
+    from rankd_pipeline.errors import RankdError
+    from rankd_pipeline.orchestration.execute import execute_chain
+    from rankd_pipeline.spec import SiteData, load_pipeline
+    from rankd_pipeline.steps.chain import STEPS
+    from rankd_pipeline.steps.runner import open_store
+    from rankd_pipeline.steps.triggers import recent_site
+    from rankd_pipeline.steps.watch import field_spec
+    from rankd_pipeline.store.ledger import open_ledger
+
+    current, started = settings(), time.monotonic()
+    config, store = load_pipeline(function), open_store(current)
+    prepare_home(current)
+    site = recent_site(config, store, current)
+    if not isinstance(site, SiteData):
+        raise RankdError(f"{config.pipeline}: nothing to re-distill on: {site}.")
+    spec = field_spec(config, store, current)
+    with watched(config.pipeline, (*STEPS, "shadow_run"), current.progress_dir) as watch:
+        outcome = execute_chain(function, spec.scale, spec.seed, spec.variant, current, watch=watch, site=site)
+    if outcome.status != "success":
+        click.echo(f"rankd: re-distillation {outcome.status} at {outcome.failed_step}: {outcome.message}", err=True)
+        return outcome.exit_code or 1
+    last = open_ledger(current, config.pipeline).entries()[-1]
+    click.echo(f"v{last.version}: {last.event}, {last.reason}")
+    click.echo(f"Done in {time.monotonic() - started:.0f} s.")
+    return 0
+
+
 def _say(text: str) -> None:
     click.echo(text, err=True)
 

@@ -38,8 +38,8 @@ def field(
     config = load_pipeline(function)
     ran_function = load_function(config.function)
     if only_list:
-        for name, text in known_shifts(ran_function).items():
-            click.echo(f"{name:18s} {text}")
+        for name, shift in known_shifts(ran_function).items():
+            click.echo(f"{name:18s} {shift.what}")
         return
     current, spec = settings(), config.at()
     folder = current.telemetry_dir(config.pipeline)

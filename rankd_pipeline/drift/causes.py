@@ -13,10 +13,10 @@ Cause = Literal[
     "new_site", "refarmed_band", "broken_element", "missing_reports", "scenario", "delay_spread", "doppler", "k_factor",
     "angle_spread", "power", "slow_host", "unexplained",
 ]  # fmt: skip
-Action = Literal["redistil", "operator", "harmless"]
+Action = Literal["redistill", "operator", "harmless"]
 CAUSES: tuple[Cause, ...] = get_args(Cause)
-DEFAULT_ACTIONS: Mapping[Cause, Action] = {cause: "operator" if cause == "slow_host" else "redistil" for cause in CAUSES}
-SEVERITY: tuple[Action, ...] = ("harmless", "operator", "redistil")
+DEFAULT_ACTIONS: Mapping[Cause, Action] = {cause: "operator" if cause == "slow_host" else "redistill" for cause in CAUSES}
+SEVERITY: tuple[Action, ...] = ("harmless", "operator", "redistill")
 RADIO: Mapping[Cause, str] = {
     "delay_spread": "delay_spread_ns", "doppler": "doppler_hz", "k_factor": "k_factor_db", "angle_spread": "angle_spread_deg",
     "power": "snr_db",

@@ -21,6 +21,7 @@ from rankd_pipeline.drift.statistics import (
     mean_interval,
     psi,
     session_means,
+    session_table,
 )
 from rankd_pipeline.telemetry.contract import TelemetrySchema
 
@@ -196,20 +197,8 @@ def _all_inputs(pairs: Sequence[tuple[Series, Series]], reference: Rows, window:
     inputs = [pair for pair in pairs if pair[0].kind in ("level", "element", "missing", "summary")]
     if not inputs:
         return 0.5, 1.0
-    tables = [
-        np.stack([_all_sessions(pair[side].values, rows.session) for pair in inputs], axis=1)
-        for side, rows in enumerate((reference, window))
-    ]
+    tables = [session_table([pair[side].values for pair in inputs], rows.session) for side, rows in enumerate((reference, window))]
     return classifier_two_sample(tables[0], tables[1], seed)
-
-
-def _all_sessions(values: np.ndarray, session: np.ndarray) -> np.ndarray:
-    """Session means with NaN for a session without any value, so that columns line up."""
-    ids, at = np.unique(session, return_inverse=True)
-    present = np.isfinite(values)
-    count = np.bincount(at[present], minlength=len(ids))
-    total = np.bincount(at[present], values[present], minlength=len(ids))
-    return np.divide(total, count, out=np.full(len(ids), np.nan), where=count > 0)
 
 
 def _labelled_means(rows: Rows, what: str) -> np.ndarray:

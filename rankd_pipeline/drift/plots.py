@@ -81,7 +81,7 @@ def latency_over_time(windows: Sequence[Window], budget_us: float) -> bytes:
 
 def shade_drift(axes: Axes, windows: Sequence[Window]) -> None:
     """Grey where the reference was taken, red where a drift asks for re-distillation, yellow where it asks for none."""
-    colours = {"redistil": BAD, "harmless": "#d9c34a", "operator": "#d9c34a"}
+    colours = {"redistill": BAD, "harmless": "#d9c34a", "operator": "#d9c34a"}
     for at, window in enumerate(windows):
         colour = GRID if window["state"] == "reference" else colours.get(window.get("action") or "")
         if colour:

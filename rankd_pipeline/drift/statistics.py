@@ -4,7 +4,7 @@ Users of one session share a snapshot of the channel. A test that took rows for 
 a drift; so every p-value here is computed on session means (one number a session), and only effect sizes look at rows.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from scipy import stats
@@ -21,6 +21,18 @@ def session_means(values: np.ndarray, session: np.ndarray) -> np.ndarray:
     if not len(ids):
         return np.zeros(0)
     return np.bincount(at, values[present]) / np.bincount(at)
+
+
+def session_table(series: Sequence[np.ndarray], session: np.ndarray) -> np.ndarray:
+    """Session means [sessions, series] of several series; NaN where a session has no value of one."""
+    ids, at = np.unique(session, return_inverse=True)
+    columns = []
+    for values in series:
+        present = np.isfinite(values)
+        count = np.bincount(at[present], minlength=len(ids))
+        total = np.bincount(at[present], values[present], minlength=len(ids))
+        columns.append(np.divide(total, count, out=np.full(len(ids), np.nan), where=count > 0))
+    return np.stack(columns, axis=1)
 
 
 def psi(reference: np.ndarray, window: np.ndarray, bins: int = BINS) -> float:
@@ -85,6 +97,16 @@ def classifier_two_sample(reference: np.ndarray, window: np.ndarray, seed: int) 
     model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto").fit(train[:, moving], label[0])
     hits = int(np.sum(model.predict(test[:, moving]) == label[1]))
     return hits / len(label[1]), float(stats.binomtest(hits, len(label[1]), 0.5, alternative="greater").pvalue)
+
+
+def alike(reference: np.ndarray, window: np.ndarray, seed: int) -> float:
+    """p that two sets of observations [observations, features] differ by chance alone.
+
+    Every feature by Kolmogorov-Smirnov and all of them by the classifier, each half of the error; within the first, Bonferroni's.
+    """
+    by_feature = [ks(*(column[np.isfinite(column)] for column in pair))[1] for pair in zip(reference.T, window.T, strict=True)]
+    together = classifier_two_sample(reference, window, seed)[1]
+    return min(1.0, 2 * together, 2 * len(by_feature) * min(by_feature, default=1.0))
 
 
 def above_budget(latency_us: np.ndarray, budget_us: float, allowed: float = 0.001) -> float:

@@ -1,4 +1,4 @@
-"""From a pipeline's configuration to Dagster definitions: eleven assets, their gates as checks, a job, a schedule."""
+"""From a pipeline's configuration to Dagster definitions: assets, their gates as checks, jobs, and what starts them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,6 +7,17 @@ from typing import Any
 import dagster as dg
 
 from rankd_pipeline.errors import GateStopped, RankdError
+from rankd_pipeline.orchestration.field import (
+    JOB_TAG,
+    REDISTILL,
+    drift_job_name,
+    drift_sensor,
+    mirror_sensor,
+    nightly_schedule,
+    redistill_job_name,
+    site_of,
+    telemetry_sensor,
+)
 from rankd_pipeline.orchestration.metadata import gates_table, step_metadata
 from rankd_pipeline.orchestration.mirrors import reconcile
 from rankd_pipeline.orchestration.resources import MlflowTracking, RankdRun
@@ -14,7 +25,7 @@ from rankd_pipeline.orchestration.setup import pool_name
 from rankd_pipeline.ran_functions.registry import load_function
 from rankd_pipeline.settings import settings
 from rankd_pipeline.spec import PipelineConfig, PipelineSpec
-from rankd_pipeline.steps.chain import CHAIN, GATED, StepInfo
+from rankd_pipeline.steps.chain import CHAIN, GATED, INFO, StepInfo
 from rankd_pipeline.steps.runner import open_store, require_passed, resolve, run_step
 from rankd_pipeline.store.artifact import Artifact
 
@@ -26,24 +37,39 @@ KINDS = {
     "quantized_onnx": {"onnx"},
     "latency_profile": {"onnx"},
     "deployment": {"onnx", "mlflow"},
+    "telemetry": {"parquet"},
+    "shadow_run": {"onnx"},
 }
+JOINS = {"corpus": ("telemetry",)}
+"""What joins a step on a re-distillation: an edge in the graph, so that a champion leads back to the telemetry behind it."""
 CRASH_RETRY = dg.RetryPolicy(max_retries=1, delay=1)
 """For a step whose process died or whose disk or network failed. Anything else would only fail again."""
 
 
 def build_pipeline(config: PipelineConfig) -> dg.Definitions:
     """The definitions of one pipeline, without resources and executor (see `resources.common`)."""
+    chain = [[config.pipeline, info.name] for info in CHAIN]
+    about, tags = config.title or config.pipeline, {"rankd/pipeline": config.pipeline}
     job = dg.define_asset_job(
-        config.pipeline,
-        selection=dg.AssetSelection.assets(*[[config.pipeline, info.name] for info in CHAIN]),
-        description=f"The whole chain of {config.title or config.pipeline}: what is stored costs nothing.",
-        tags={"rankd/pipeline": config.pipeline},
-    )
+        config.pipeline, selection=dg.AssetSelection.assets(*chain), tags=tags,
+        description=f"The whole chain of {about}: what is stored costs nothing.",
+    )  # fmt: skip
+    look = dg.define_asset_job(
+        drift_job_name(config.pipeline), tags=tags,
+        selection=dg.AssetSelection.assets([config.pipeline, "telemetry"], [config.pipeline, "drift_report"]),
+        description=f"Take the telemetry of {about} in and judge the field.",
+    )  # fmt: skip
+    redistill = dg.define_asset_job(
+        redistill_job_name(config.pipeline), tags={**tags, JOB_TAG: REDISTILL},
+        selection=dg.AssetSelection.assets(*chain, [config.pipeline, "shadow_run"]),
+        description=f"Re-distill the champion of {about} on recent telemetry, and promote or refuse what comes out.",
+    )  # fmt: skip
     return dg.Definitions(
-        assets=[*(_step_asset(config, info) for info in CHAIN), _champion(config)],
+        assets=[*(_step_asset(config, info) for info in CHAIN), *_field_assets(config), _champion(config)],
         asset_checks=[_gate_check(config, step) for step in GATED],
-        jobs=[job],
-        schedules=[_schedule(config, job)],
+        jobs=[job, look, redistill],
+        schedules=[nightly_schedule(config, redistill)],
+        sensors=[telemetry_sensor(config, look), drift_sensor(config, redistill), mirror_sensor(config)],
     )
 
 
@@ -53,18 +79,13 @@ def _step_asset(config: PipelineConfig, info: StepInfo) -> dg.AssetsDefinition:
 
     @dg.asset(
         key=[config.pipeline, info.name],
-        deps=[dg.AssetKey([config.pipeline, name]) for name in info.inputs],
+        deps=[dg.AssetKey([config.pipeline, name]) for name in (*info.inputs, *JOINS.get(info.name, ()))],
         code_version=code_version,
-        description=info.title,
-        group_name=config.pipeline,
-        owners=list(config.owners),
-        kinds=KINDS.get(info.name, {"python"}),
-        pool=pool_name(config.pipeline),
-        retry_policy=CRASH_RETRY,
+        **_common(config, info),
     )
     def step(context: dg.AssetExecutionContext, rankd: RankdRun, mlflow: MlflowTracking) -> dg.MaterializeResult:
         with _clear_failures(context):
-            spec = rankd.spec(config)
+            spec = rankd.spec(config, site_of(context.instance, context.run.run_id))
             current = settings()
             artifact = run_step(
                 info.name, spec, open_store(current), current, run_id=context.run.run_id, note=context.log.info
@@ -74,7 +95,77 @@ def _step_asset(config: PipelineConfig, info: StepInfo) -> dg.AssetsDefinition:
             data_version=dg.DataVersion(artifact.version), metadata=metadata, tags=_tags(artifact, spec)
         )  # fmt: skip
 
-    return step
+    return step  # type: ignore[return-value]  (Dagster's overloads do not see through the keywords)
+
+
+def _common(config: PipelineConfig, info: StepInfo) -> dict[str, Any]:
+    return {
+        "description": info.title, "group_name": config.pipeline, "owners": list(config.owners),
+        "kinds": KINDS.get(info.name, {"python"}), "pool": pool_name(config.pipeline), "retry_policy": CRASH_RETRY,
+    }  # fmt: skip
+
+
+def _field_assets(config: PipelineConfig) -> list[dg.AssetsDefinition]:
+    """What comes back from the field, and the challenger's shadow run: outside the nightly chain's eleven."""
+
+    def key(name: str) -> dg.AssetKey:
+        return dg.AssetKey([config.pipeline, name])
+
+    @dg.asset(key=key("telemetry"), code_version=INFO["telemetry"].code_version, **_common(config, INFO["telemetry"]))
+    def telemetry(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        from rankd_pipeline.steps.watch import field_spec, take_telemetry
+
+        with _clear_failures(context):
+            current = settings()
+            store = open_store(current)
+            spec = field_spec(config, store, current)
+            artifact = take_telemetry(spec, store, current, context.run.run_id, context.log.info)
+            return _result(artifact, spec)
+
+    @dg.asset(
+        key=key("drift_report"), deps=[key("telemetry")], code_version=INFO["drift_report"].code_version,
+        **_common(config, INFO["drift_report"]),
+    )  # fmt: skip
+    def drift_report(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        from rankd_pipeline.steps.watch import field_spec, report_drift
+
+        with _clear_failures(context):
+            current = settings()
+            store = open_store(current)
+            spec = field_spec(config, store, current)
+            artifact = report_drift(spec, store, current, context.run.run_id, context.log.info)
+            context.log.info(f"window {artifact.metrics['window']}: {artifact.metrics['why']}")
+            return _result(artifact, spec)
+
+    @dg.asset(
+        key=key("shadow_run"), deps=[key("deployment"), key("telemetry")], code_version=INFO["shadow_run"].code_version,
+        **_common(config, INFO["shadow_run"]),
+    )  # fmt: skip
+    def shadow_run(context: dg.AssetExecutionContext, rankd: RankdRun, mlflow: MlflowTracking) -> dg.MaterializeResult:
+        from rankd_pipeline.steps.promotion import challenge
+
+        with _clear_failures(context):
+            spec = rankd.spec(config, site_of(context.instance, context.run.run_id))
+            if spec.site is None:
+                reason = "no site data in this run: its deployment was judged on the general test set alone"
+                return dg.MaterializeResult(metadata={"skipped": reason})
+            current = settings()
+            store = open_store(current)
+            artifact, entry = challenge(spec, store, current, context.run.run_id, context.log.info)
+            store.note_use(artifact, context.run.run_id)
+            context.log.info(f"version {entry.version}: {entry.event}, {entry.reason}")
+            behind = reconcile(config.pipeline, current, mlflow.tracker(), context.instance, context.log_event)
+            for name, text in behind.items():
+                context.log.warning(f"{name} pending: {text}")
+            return _result(artifact, spec, version=entry.version, decision=entry.event)
+
+    return [telemetry, drift_report, shadow_run]  # type: ignore[return-value]  (as in _step_asset)
+
+
+def _result(artifact: Artifact, spec: PipelineSpec, **metadata: Any) -> dg.MaterializeResult:
+    return dg.MaterializeResult(
+        data_version=dg.DataVersion(artifact.version), metadata={**step_metadata(artifact), **metadata}, tags=_tags(artifact, spec)
+    )  # fmt: skip
 
 
 def _tags(artifact: Artifact, spec: PipelineSpec) -> dict[str, str]:
@@ -124,7 +215,7 @@ def _gate_check(config: PipelineConfig, step: str) -> dg.AssetChecksDefinition:
     )
     def gates(context: dg.AssetCheckExecutionContext, rankd: RankdRun) -> dg.AssetCheckResult:
         with _clear_failures(context):
-            spec = rankd.spec(config)
+            spec = rankd.spec(config, site_of(context.instance, context.run.run_id))
             artifact = resolve(step, spec, open_store(settings()))
             if artifact is None:
                 raise RankdError(f"{config.pipeline}/{step}: not made yet at scale {spec.scale}; materialize it first.")
@@ -165,22 +256,9 @@ def _champion(config: PipelineConfig) -> dg.AssetSpec:
     """What serves now: not made by a run of its own, but by a deployment that won."""
     return dg.AssetSpec(
         dg.AssetKey([config.pipeline, "champion"]),
-        deps=[dg.AssetKey([config.pipeline, "deployment"])],
+        deps=[dg.AssetKey([config.pipeline, name]) for name in ("deployment", "shadow_run")],
         description="The deployed version that serves now; the ledger in the home is the truth, MLflow's alias mirrors it.",
         group_name=config.pipeline,
         owners=list(config.owners),
         kinds={"onnx"},
-    )
-
-
-def _schedule(config: PipelineConfig, job: object) -> dg.ScheduleDefinition:
-    schedule = config.schedule
-    return dg.ScheduleDefinition(
-        name=f"{config.pipeline}_nightly",
-        target=job,  # type: ignore[arg-type]
-        cron_schedule=schedule.cron,
-        execution_timezone=schedule.timezone,
-        default_status=dg.DefaultScheduleStatus.RUNNING if schedule.enabled else dg.DefaultScheduleStatus.STOPPED,
-        description="Runs the whole chain: unchanged steps are taken from the store.",
-        tags={"rankd/pipeline": config.pipeline},
     )

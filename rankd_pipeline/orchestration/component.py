@@ -36,6 +36,8 @@ class RanFunctionComponent(dg.Component, dg.Model, dg.Resolvable):
     targets: list[dict[str, Any]] = []
     ablation: dict[str, Any] = {}
     schedule: dict[str, Any] = {}
+    sensors: dict[str, Any] = {}
+    redistill: dict[str, Any] = {}
 
     def config(self) -> PipelineConfig:
         """The validated configuration. Raises: RankdError naming the key that is wrong."""

@@ -26,6 +26,8 @@ from rankd_pipeline.settings import TELEMETRY_OFF, Settings, prepare_environment
 if TYPE_CHECKING:
     import dagster as dg
 
+    from rankd_pipeline.spec import SiteData
+
 Status = Literal["success", "stopped", "failed", "interrupted"]
 State = Literal["started", "done", "cached", "failed", "gate", "note"]
 LAUNCH_TAG = "rankd/launch"
@@ -69,6 +71,7 @@ class _Request:
     steps: tuple[str, ...]
     in_process: bool
     launch: str
+    site: str | None = None
 
 
 # -- the caller's side (imports no Dagster) -----------------------------------------------------------------------------
@@ -81,8 +84,9 @@ def execute_chain(
     steps: Sequence[str] | None = None,
     in_process: bool = False,
     watch: Callable[[StepEvent], None] | None = None,
+    site: "SiteData | None" = None,
 ) -> RunOutcome:
-    """Materialize a pipeline's chain (or only `steps`) through Dagster and wait for it.
+    """Materialize a pipeline's chain (or only `steps`) through Dagster and wait for it; with `site` its re-distillation.
 
     pipeline is a name, or a path to a YAML file with the same attributes. If everything is stored already, the steps run
     in one process, which takes seconds. A second call for the same pipeline waits for the first. watch gets the steps'
@@ -95,13 +99,14 @@ def execute_chain(
 
     tell = watch or (lambda event: None)
     config = load_pipeline(pipeline)
-    spec = config.at(scale, seed, variant)
+    spec = config.at(scale, seed, variant, site)
     initialise(settings)
     with _one_at_a_time(settings, config.pipeline, tell):
         wanted = steps or ()
-        stored = not any(row.runs for row in plan(spec, open_store(settings)) if not wanted or row.step in wanted)
+        stored = site is None and not any(row.runs for row in plan(spec, open_store(settings)) if not wanted or row.step in wanted)
         name = str(Path(pipeline).resolve()) if Path(pipeline).is_file() else str(pipeline)
-        request = _Request(name, scale, seed, variant, tuple(wanted), in_process or stored, uuid.uuid4().hex)
+        pinned = site.model_dump_json() if site is not None else None
+        request = _Request(name, scale, seed, variant, tuple(wanted), in_process or stored, uuid.uuid4().hex, pinned)
         return _supervise(request, settings, config.pipeline, tell)
 
 
@@ -176,16 +181,19 @@ def child_environment(current: Settings) -> dict[str, str]:
 
 
 # -- the run's own process ------------------------------------------------------------------------------------------------
-def chain_job(pipeline: str) -> "dg.JobDefinition":
-    """The whole-chain job of a pipeline, by name or path; Dagster rebuilds it in every step's process."""
+def chain_job(pipeline: str, redistill: bool = False) -> "dg.JobDefinition":
+    """The whole-chain job of a pipeline (or its re-distillation), by name or path; rebuilt in every step's process."""
     import dagster as dg
 
     from rankd_pipeline.orchestration.assets import build_pipeline
+    from rankd_pipeline.orchestration.field import redistill_job_name
     from rankd_pipeline.orchestration.resources import common
     from rankd_pipeline.spec import load_pipeline
 
     config = load_pipeline(pipeline)
-    return dg.Definitions.merge(build_pipeline(config), common()).resolve_job_def(config.pipeline)
+    return dg.Definitions.merge(build_pipeline(config), common()).resolve_job_def(
+        redistill_job_name(config.pipeline) if redistill else config.pipeline
+    )  # fmt: skip
 
 
 def run_config(scale: str, seed: int, variant: str, in_process: bool = False) -> dict[str, Any]:
@@ -199,20 +207,25 @@ def run_config(scale: str, seed: int, variant: str, in_process: bool = False) ->
 def _execute(request: _Request, send: Callable[[str, dict[str, Any]], None]) -> RunOutcome:
     import dagster as dg
 
+    from rankd_pipeline.orchestration.field import site_tags
     from rankd_pipeline.orchestration.liveness import process_tag, reap_orphans
-    from rankd_pipeline.spec import load_pipeline
+    from rankd_pipeline.spec import SiteData, load_pipeline
 
-    pipeline = load_pipeline(request.pipeline).pipeline
+    config = load_pipeline(request.pipeline)
+    pipeline = config.pipeline
     job = dg.build_reconstructable_job(
-        "rankd_pipeline.orchestration.execute", "chain_job", reconstructable_args=(request.pipeline,)
+        "rankd_pipeline.orchestration.execute", "chain_job",
+        reconstructable_args=(request.pipeline,), reconstructable_kwargs={"redistill": request.site is not None},
     )  # fmt: skip
     selection = [dg.AssetKey([pipeline, step]) for step in request.steps] or None
-    tags = {LAUNCH_TAG: request.launch, "rankd/pipeline": pipeline, **process_tag()}
+    site = SiteData.model_validate_json(request.site) if request.site is not None else None
+    pinned = site_tags(config, site, "by hand") if site is not None else {"rankd/pipeline": pipeline}
+    tags = {LAUNCH_TAG: request.launch, **pinned, **process_tag()}
     with dg.DagsterInstance.get() as instance:
         reap_orphans(instance)
         with _Watcher(instance, request.launch, send) as watcher:
-            config = run_config(request.scale, request.seed, request.variant, request.in_process)
-            run_id = dg.execute_job(job, instance, config, tags=tags, asset_selection=selection).run_id
+            launched = run_config(request.scale, request.seed, request.variant, request.in_process)
+            run_id = dg.execute_job(job, instance, launched, tags=tags, asset_selection=selection).run_id
             watcher.finish(run_id)
         run = instance.get_run_by_id(run_id)
     return watcher.outcome(run_id, run.status if run else dg.DagsterRunStatus.FAILURE)

@@ -5,6 +5,7 @@ from typing import Any
 
 import dagster as dg
 
+from rankd_pipeline.orchestration.field import pin_site
 from rankd_pipeline.orchestration.liveness import process_tag
 
 PRELOAD = ["torch", "pandas", "matplotlib.figure", "rankd_pipeline.orchestration.forkserver", "rankd_pipeline.definitions"]
@@ -30,6 +31,7 @@ class ChainExecutor(dg.Executor):
         chosen = plan_context.run_config.get("resources", {}).get("rankd", {}).get("config", {})
         tags = {f"rankd/{name}": str(value) for name, value in chosen.items()}
         plan_context.instance.add_run_tags(plan_context.run_id, {**tags, **process_tag()})
+        pin_site(plan_context.instance, plan_context.run_id, plan_context.dagster_run.tags)
         yield from self._inner.execute(plan_context, execution_plan)
 
 

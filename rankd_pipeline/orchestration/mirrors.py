@@ -22,11 +22,12 @@ def reconcile(
     tracker: Tracker,
     instance: dg.DagsterInstance | None,
     report: Callable[[dg.AssetMaterialization], None],
+    at_once: bool = True,
 ) -> dict[str, str]:
     """Bring both mirrors to the ledger's last line that lets a version serve; returns what is in the way, by mirror.
 
-    report takes the materialization of the champion asset, if the instance does not have it yet. instance None: Dagster is
-    not at hand, its mirror stays pending.
+    report takes the materialization of the champion asset, if the instance does not have it yet; not at_once: it will only
+    be stored later, so the mirror counts as pending until the instance has it. instance None: Dagster is not at hand.
     """
     ledger = open_ledger(current, pipeline)
     problems = {MLFLOW: _mlflow(ledger, current, tracker)}
@@ -38,6 +39,8 @@ def reconcile(
             raise RuntimeError("no Dagster instance at hand")
         if not _shown(instance, pipeline, line):
             report(champion_event(pipeline, champion, line, current))
+            if not at_once:
+                problems[DAGSTER] = "reported; waits for the next tick"
     except Exception as error:  # Dagster's storage may raise anything when it is down; the ledger stands without it
         problems[DAGSTER] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     for name in (MLFLOW, DAGSTER):

@@ -6,7 +6,7 @@ import dagster as dg
 from pydantic import Field
 
 from rankd_pipeline.settings import settings
-from rankd_pipeline.spec import PipelineConfig, PipelineSpec
+from rankd_pipeline.spec import PipelineConfig, PipelineSpec, SiteData
 from rankd_pipeline.tracking.mlflow import Tracker
 
 
@@ -19,9 +19,9 @@ class RankdRun(dg.ConfigurableResource):
     seed: int = Field(0, description="Seed of the simulation and of every training; same seed, same machine, same digests.")
     variant: str = Field("default", description="A named set of overrides in the pipeline's defs.yaml, under `variants`.")
 
-    def spec(self, config: PipelineConfig) -> PipelineSpec:
+    def spec(self, config: PipelineConfig, site: SiteData | None = None) -> PipelineSpec:
         """The effective configuration. Raises: RankdError for a variant that the pipeline does not have."""
-        return config.at(self.scale, self.seed, self.variant)
+        return config.at(self.scale, self.seed, self.variant, site)
 
 
 class MlflowTracking(dg.ConfigurableResource):

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from rankd_pipeline.audit.schema import CorpusSchema
     from rankd_pipeline.distillation.heads import Head
+    from rankd_pipeline.drift.causes import Cause
 
 Arrays = Mapping[str, np.ndarray]
 Predictor = Callable[[Arrays], np.ndarray]
@@ -69,6 +70,14 @@ class Group:
 
     name: str
     shape: Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Shift:
+    """A way in which a field can change: what happens, in a sentence, and the cause that a drift report should name."""
+
+    what: str
+    cause: "Cause"
 
 
 class RanFunction(ABC):
@@ -241,8 +250,8 @@ class RanFunction(ABC):
         """
 
     # -- the field ------------------------------------------------------------------------------------------------
-    shifts: ClassVar[Mapping[str, str]] = {}
-    """Ways in which this function's field can change, by name, each with a sentence; `rankd field` plays them."""
+    shifts: ClassVar[Mapping[str, Shift]] = {}
+    """Ways in which this function's field can change, by name; `rankd field` plays them."""
 
     def field_config(self, cfg: Any, shifts: frozenset[str], rows: int) -> Any:
         """The corpus configuration of the field that a deployed model works in: `rows` labelled training rows of it.

@@ -70,8 +70,20 @@ FIELD: tuple[StepInfo, ...] = (
     StepInfo("drift_report", "Has the field moved, how good is the champion there, and why: one judgement a window", ("telemetry",),
              "6", ("baselines",), ("scipy", "scikit-learn", "onnxruntime"),
              reads=("corpus.simulation", "latency_profile.budget_us")),
+    StepInfo("shadow_run", "Challenger beside champion: over the stored telemetry, and on the general test set",
+             ("deployment", "champion", "corpus", "telemetry"), "1", ("metrics",), ("onnxruntime", "scipy", "scikit-learn"),
+             reads=("corpus.simulation", "latency_profile.budget_us", "telemetry.judge_share", "telemetry.val_share")),
 )  # fmt: skip
 """Steps outside the chain: what comes back from the field. What they read depends on it, so steps/watch.py runs them."""
 
 INFO: dict[str, StepInfo] = {**STEPS, **{info.name: info for info in FIELD}}
 GATED = ("audit_report", "calibration_scorecard", "quantized_onnx", "latency_profile", "deployment")
+
+SITE_INPUTS: dict[str, tuple[str, ...]] = {
+    "corpus": ("base_corpus", "telemetry"),
+    "ssl_weights": ("last_teacher",),
+    "teacher": ("last_teacher",),
+    "student": ("last_student",),
+}
+"""What a re-distillation on telemetry adds to the inputs of a step: the corpus without site data and the telemetry that joins
+it, and the networks of the deployment that it starts from."""

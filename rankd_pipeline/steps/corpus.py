@@ -12,6 +12,7 @@ from rankd_pipeline.errors import RankdError
 from rankd_pipeline.ran_functions.registry import load_function
 from rankd_pipeline.steps.data import FEATURES, LABELS, TRUTH
 from rankd_pipeline.steps.runner import StepContext
+from rankd_pipeline.steps.site_data import join_site_data
 from rankd_pipeline.store.tensors import column_array, iter_tables, write_parquet
 from rankd_pipeline.training.parallel import map_processes
 from rankd_pipeline.training.seeds import derive_seed
@@ -19,7 +20,9 @@ from rankd_pipeline.training.seeds import derive_seed
 
 def corpus(ctx: StepContext) -> None:
     """Write `features/`, `truth/` and `labels/` (what the field delivers for labelled rows), one Parquet file a shard."""
-    if ctx.config.source is not None:
+    if ctx.spec.site is not None:
+        join_site_data(ctx)
+    elif ctx.config.source is not None:
         _import(ctx)
     else:
         _simulate(ctx)

@@ -82,13 +82,17 @@ def label_columns(labels: Artifact, ids: np.ndarray) -> dict[str, np.ndarray]:
 def labelled_inputs(
     function: RanFunction, corpus: Artifact, labels: Artifact, split: str
 ) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
-    """(sample ids, model inputs, label) of the labelled rows of a split."""
+    """(sample ids, model inputs, label) of the labelled rows of a split, site data with their weight."""
     if function.self_labelled:
         features = features_of(corpus, function.feature_columns, split_is(split))
-        return features["sample_id"], function.model_inputs(features), function.own_labels(features)
-    ids, inputs = inputs_of_rows(function, corpus, split_is(split))
-    label, has = labels_for(labels, ids)
-    return ids[has], {name: values[has] for name, values in inputs.items()}, label[has]
+        ids, inputs, label = features["sample_id"], function.model_inputs(features), function.own_labels(features)
+        rows = np.arange(len(ids))
+    else:
+        ids, inputs = inputs_of_rows(function, corpus, split_is(split))
+        label, has = labels_for(labels, ids)
+        rows = np.flatnonzero(has)
+    rows = weighted(corpus, ids, rows)
+    return ids[rows], {name: values[rows] for name, values in inputs.items()}, label[rows]
 
 
 def training_columns(
@@ -101,10 +105,19 @@ def training_columns(
     if len(names) > 1:
         columns["group"] = group.astype(np.int16)
     ids = features["sample_id"]
-    if not labelled_only:
-        return ids, columns
-    has = columns["has_label"].astype(bool)
-    return ids[has], {name: values[has] for name, values in columns.items()}
+    rows = weighted(corpus, ids, np.flatnonzero(columns["has_label"]) if labelled_only else np.arange(len(ids)))
+    return ids[rows], {name: values[rows] for name, values in columns.items()}
+
+
+def weighted(corpus: Artifact, ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """`rows` (positions in `ids`), those of site data as often as gives them their share of the whole: they are few."""
+    site = corpus.metrics.get("site")
+    if site is None:
+        return rows
+    of_site = rows[ids[rows] >= site["first_id"]]
+    wanted = site["share"] / (1.0 - site["share"]) * (len(rows) - len(of_site))
+    times = max(1, round(wanted / len(of_site))) if len(of_site) else 1
+    return np.concatenate([rows, np.tile(of_site, times - 1)])
 
 
 def evaluation_data(function: RanFunction, corpus: Artifact, split: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

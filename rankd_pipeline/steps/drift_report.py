@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 
 from rankd_pipeline.drift.causes import DEFAULT_ACTIONS, Action, Cause
+from rankd_pipeline.drift.evidence import Evidence
 from rankd_pipeline.drift.judge import Judgement, Quality, Rows, Rules, judge, quality_of
 from rankd_pipeline.drift.plots import drift_figures
-from rankd_pipeline.ran_functions.contract import Predictor
 from rankd_pipeline.runtime.bundle import load_bundle
 from rankd_pipeline.steps.runner import StepContext
-from rankd_pipeline.store.artifact import Artifact
 from rankd_pipeline.telemetry.contract import TelemetrySchema, telemetry_schema
 from rankd_pipeline.telemetry.rows import columns_of_files, windows_of
 from rankd_pipeline.telemetry.windows import Window
@@ -43,59 +42,35 @@ def drift_report(ctx: StepContext) -> None:
 
 
 class _Field:
-    """What all windows share: the model under watch, the classical method, the reference rows."""
+    """What all windows share: the model under watch and the reference rows, as the champion would decide them now."""
 
     def __init__(self, ctx: StepContext, schema: TelemetrySchema) -> None:
-        self.ctx, self.schema, self.head = ctx, schema, ctx.function.head()
         champion = ctx.inputs.get("deployment")
-        self.model = champion.recipe if champion is not None else None
-        self.rules = rules_of(ctx)
-        spans = [(start, end) for start, end in ctx.given["reference"] or []]
-        columns = columns_of_files(ctx.inputs["reference"], schema, spans) if spans else None
-        self.spans = spans if spans and self._same_files(ctx.inputs["reference"], spans) else []
-        self.baseline: Predictor | None = None
-        if columns is not None:
-            self.learn_baseline(columns)
-        self.reference = self._as_now(columns, champion) if columns is not None else None
+        self.schema, self.rules = schema, rules_of(ctx)
+        self.whoever = Evidence(ctx.function, ctx.corpus_config, None, ctx.spec.seed)
+        self.evidence = Evidence(ctx.function, ctx.corpus_config, champion.recipe if champion is not None else None, ctx.spec.seed)
+        self.reference: Rows | None = None
+        self.spans: list[tuple[float, float]] = [(start, end) for start, end in ctx.given["reference"] or []]
+        if self.spans:
+            columns = columns_of_files(ctx.inputs["reference"], schema, self.spans)
+            self.learn_classical(columns)
+            if champion is not None:
+                columns = self.evidence.decided_by(load_bundle(champion.file("bundle")), columns)
+            self.reference = self.evidence.rows(columns)
 
-    def _same_files(self, reference: Artifact, spans: Sequence[tuple[float, float]]) -> bool:
-        """Whether the reference's windows are also in the telemetry that is judged (they are then not judged)."""
-        return any(window.start_s == start for window in windows_of(self.ctx.inputs["telemetry"]) for start, _ in spans)
+    def learn_classical(self, columns: Mapping[str, np.ndarray]) -> None:
+        for evidence in (self.evidence, self.whoever):
+            evidence.learn_classical(columns)
 
-    def _as_now(self, columns: dict[str, np.ndarray], champion: Artifact | None) -> Rows:
-        """The reference rows as the champion would decide them now, whoever decided them then."""
-        if champion is None:
-            return self.rows(columns)
-        predictor = load_bundle(champion.file("bundle"))
-        output = self.ctx.function.deployed_predictor(predictor, predictor.signature)(columns)
-        model = np.full(len(output), champion.recipe, dtype=object)
-        return self.rows({**columns, "output": output, "confidence": self.head.confidence(output), "model": model})
-
-    def learn_baseline(self, columns: Mapping[str, np.ndarray]) -> None:
-        """The classical method that is best on these labelled rows, from what a base station has anyway."""
-        labelled = columns["has_label"]
-        if not labelled.any():
-            return
-        data = {name: values[labelled] for name, values in columns.items()}
-        rivals = [
-            item.fit(data, data, derive_seed(self.ctx.spec.seed, "baseline", item.name) % 2**32)
-            for item in self.ctx.function.baselines(self.ctx.corpus_config)
-            if not item.learned and item.gate and not item.needs_truth
-        ]
-        if rivals:
-            self.baseline = max(rivals, key=lambda rival: float(self.head.row_scores(rival(data), data["label"]).mean()))
-
-    def rows(self, columns: dict[str, np.ndarray]) -> Rows:
-        """Columns with what their decisions were worth."""
-        n, labelled = len(columns["time_s"]), columns["has_label"]
-        score, baseline = np.full(n, np.nan), np.full(n, np.nan)
-        if labelled.any():
-            score[labelled] = self.head.row_scores(columns["output"][labelled], columns["label"][labelled])
-            if self.baseline is not None:
-                data = {name: values[labelled] for name, values in columns.items()}
-                baseline[labelled] = self.head.row_scores(self.baseline(data), data["label"])
-        own = columns["model"] == self.model if self.model is not None else np.ones(n, bool)
-        return Rows(columns, np.asarray(own, bool), score, baseline, self.head.expected_scores(columns["output"]))
+    def state_of(self, window: Window) -> tuple[str, str]:
+        """Whether a window is judged, and why not: only what comes after the reference can have drifted from it."""
+        if self.reference is None:
+            return "no reference", NO_REFERENCE
+        if any(start <= window.start_s < end for start, end in self.spans):
+            return "reference", "shows what is normal"
+        if window.start_s < min(start for start, _ in self.spans):
+            return "earlier", "from before what is normal now"
+        return "judged", ""
 
 
 def rules_of(ctx: StepContext) -> Rules:
@@ -113,13 +88,14 @@ def _window(ctx: StepContext, field: _Field, window: Window, number: int) -> dic
         waits = "closed, not judged" if window.closed else "waits for more"
         return {**entry, "state": "too small", "why": f"too small: {window.rows} of {needed} rows; {waits}"}
     columns = columns_of_files(ctx.inputs["telemetry"], field.schema, [(window.start_s, window.end_s)])
-    if field.baseline is None:
-        field.learn_baseline(columns)
-    rows = field.rows(columns)
-    if field.reference is None or any(start <= window.start_s < end for start, end in field.spans):
-        state = "reference" if field.reference is not None else "no reference"
-        why = "shows what is normal" if field.reference is not None else NO_REFERENCE
-        return {**entry, "state": state, "why": why, **_outcome(quality_of(rows, field.rules), rows, field.rules)}
+    if not field.evidence.has_classical:
+        field.learn_classical(columns)
+    rows = field.evidence.rows(columns)
+    state, why = field.state_of(window)
+    if field.reference is None or state != "judged":
+        # Not held against the champion, so it counts how good it was, whoever decided.
+        outcome = _outcome(quality_of(field.whoever.rows(columns), field.rules), rows, field.rules)
+        return {**entry, "state": state, "why": why, **outcome}
     verdict = judge(field.reference, rows, field.schema, field.rules, derive_seed(ctx.spec.seed, "drift", number) % 2**32)
     return {
         **entry,
@@ -165,7 +141,7 @@ def headline(judged: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for window in reversed(judged):
         if window["state"] == "too small":
             continue
-        if window["state"] != "judged" or window["action"] != "redistil":
+        if window["state"] != "judged" or window["action"] != "redistill":
             break
         streak.insert(0, [window["start_s"], window["end_s"]])
         labelled += window["labelled"]

@@ -21,7 +21,7 @@ from rankd_pipeline.ran_functions.registry import load_function
 from rankd_pipeline.report.scorecard import gate_text
 from rankd_pipeline.settings import Settings
 from rankd_pipeline.spec import PipelineSpec
-from rankd_pipeline.steps.chain import INFO, STEPS, StepInfo
+from rankd_pipeline.steps.chain import INFO, SITE_INPUTS, STEPS, StepInfo
 from rankd_pipeline.store.artifact import Artifact, Draft, Recipe, Store
 
 
@@ -91,12 +91,13 @@ def host_id() -> str:
 def recipe_of(step: str, spec: PipelineSpec, inputs: Mapping[str, Artifact], given: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe of `step` under `spec` with these inputs; `given` is what a field step is given beside them, as JSON."""
     info, function = INFO[step], load_function(spec.function)
+    site = {"site": _site_config(spec)} if spec.site is not None and step == "corpus" else {}
     facets = [f"{facet}={function.code_versions.get(facet, '0')}" for facet in info.facets]
     return Recipe(
         pipeline=spec.pipeline,
         step=step,
         code_version="+".join([info.code_version, *facets]),
-        config={**spec.config_of(step, info.reads), **({"given": dict(given)} if given else {})},
+        config={**spec.config_of(step, info.reads), **site, **({"given": dict(given)} if given else {})},
         scale=spec.scale,
         seed=spec.seed,
         variant=spec.variant,
@@ -106,13 +107,59 @@ def recipe_of(step: str, spec: PipelineSpec, inputs: Mapping[str, Artifact], giv
     )
 
 
-def resolve(step: str, spec: PipelineSpec, store: Store) -> Artifact | None:
+def _site_config(spec: PipelineSpec) -> dict[str, Any]:
+    """What shapes the site data of a corpus: which windows, and how their sessions are shared out."""
+    assert spec.site is not None
+    telemetry = spec.steps.telemetry
+    shares = {"judge": telemetry.judge_share, "val": telemetry.val_share, "site": telemetry.site_share}
+    owner = {"owner": telemetry.owner, "may_leave": telemetry.may_leave}
+    return {"windows": [list(window) for window in spec.site.windows], "shares": shares, **owner}
+
+
+Known = dict[str, Artifact | None]
+"""What was found already in one walk up the chain, by name: many steps share an input."""
+
+
+def resolve(step: str, spec: PipelineSpec, store: Store, known: Known | None = None) -> Artifact | None:
     """The stored artifact of `step` under `spec`, found by recipe from the corpus on; None if any of it is missing."""
-    inputs = {name: resolve(name, spec, store) for name in STEPS[step].inputs}
+    known = {} if known is None else known
+    inputs = {name: _input(name, spec, store, known) for name in input_names(step, spec)}
     found = {name: artifact for name, artifact in inputs.items() if artifact is not None}
     if len(found) < len(inputs):
         return None
     return store.get(spec.pipeline, step, recipe_of(step, spec, found).digest)
+
+
+def input_names(step: str, spec: PipelineSpec) -> tuple[str, ...]:
+    """What `step` reads under `spec`: its inputs, and those that a re-distillation adds."""
+    names = INFO[step].inputs
+    if spec.site is None:
+        return names
+    return (*names, *(name for name in SITE_INPUTS.get(step, ()) if spec.site.start or not name.startswith("last_")))
+
+
+def _input(name: str, spec: PipelineSpec, store: Store, known: Known) -> Artifact | None:
+    """`_looked_up`, once a walk."""
+    if name not in known:
+        known[name] = _looked_up(name, spec, store, known)
+    return known[name]
+
+
+def _looked_up(name: str, spec: PipelineSpec, store: Store, known: Known) -> Artifact | None:
+    """The artifact that `name` stands for.
+
+    base_corpus is the corpus as it is without site data, telemetry the artifact that a re-distillation names, and
+    last_teacher and last_student are those that the deployment which it starts from was made of.
+    """
+    if spec.site is None or not (name in ("base_corpus", "telemetry") or name.startswith("last_")):
+        return resolve(name, spec, store, known)
+    if name == "base_corpus":
+        return resolve("corpus", spec.model_copy(update={"site": None}), store)
+    if name == "telemetry":
+        return store.get(spec.pipeline, "telemetry", spec.site.telemetry)
+    start = store.get(spec.pipeline, "deployment", spec.site.start)
+    entry = start.manifest["inputs"].get(name.removeprefix("last_")) if start is not None else None
+    return store.get(spec.pipeline, entry["step"], entry["recipe"]) if entry is not None else None
 
 
 def inputs_of(step: str, spec: PipelineSpec, store: Store) -> dict[str, Artifact]:
@@ -120,9 +167,10 @@ def inputs_of(step: str, spec: PipelineSpec, store: Store) -> dict[str, Artifact
 
     Raises: RankdError naming the first one that has not been made.
     """
-    inputs = {}
-    for name in STEPS[step].inputs:
-        artifact = resolve(name, spec, store)
+    inputs: dict[str, Artifact] = {}
+    known: Known = {}
+    for name in input_names(step, spec):
+        artifact = _input(name, spec, store, known)
         if artifact is None:
             raise RankdError(
                 f"{spec.pipeline}/{step}: its input {name} has not been made at scale {spec.scale}, seed {spec.seed}, variant "

@@ -19,6 +19,8 @@ def ssl_weights(ctx: StepContext) -> None:
     """Write `weights.safetensors` and `history.json`, or publish why there is nothing to do."""
     corpus = ctx.inputs["corpus"]
     share = corpus.metrics["train_labelled_share"]
+    if "last_teacher" in ctx.inputs:
+        return ctx.skip("the teacher goes on from its last weights")
     if not ctx.config.enabled:
         return ctx.skip("switched off in the YAML (steps.ssl_weights.enabled)")
     if share >= ctx.config.skip_labelled_share:

@@ -107,9 +107,16 @@ def _job(
         "corpus": ctx.spec.steps.corpus.simulation, "network": config.network, "fit": config.fit, "loss": config.loss,
         "arm": arm, "temperature": temperature, "alpha": ctx.config.alpha, "seed": derive_seed(ctx.spec.seed, "student", seed),
         "distillation": ctx.config.distillation, "teacher": str(ctx.inputs["teacher"].file(WEIGHTS)),
-        "teacher_network": ctx.spec.steps.teacher.network,
+        "teacher_network": ctx.spec.steps.teacher.network, "start": _start(ctx, candidate),
         "data": str(ctx.scratch / "data"), "out": str(ctx.scratch / "students"),
     }  # fmt: skip
+
+
+def _start(ctx: StepContext, candidate: str) -> str | None:
+    """Weights that a re-distillation goes on from; a candidate that the last student did not have begins anew."""
+    last = ctx.inputs.get("last_student")
+    path = last.path / candidate / WEIGHTS if last is not None else None
+    return str(path) if path is not None and path.is_file() else None
 
 
 def _train(ctx: StepContext, jobs: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from rankd_pipeline.ran_functions.registry import load_function
 from rankd_pipeline.steps.data import read_npy, write_npy
 from rankd_pipeline.training.fit import FitConfig, fit
 from rankd_pipeline.training.seeds import derive_seed
-from rankd_pipeline.training.weights import load_weights, save_weights
+from rankd_pipeline.training.weights import load_if_they_fit, load_weights, save_weights
 
 EXTRA = ("label", "has_label", "target", "teacher", "group")
 
@@ -98,10 +98,11 @@ def _apprentice(
 
 
 def new_student(function: Any, job: Mapping[str, Any], train_inputs: Mapping[str, np.ndarray]) -> torch.nn.Module:
-    """The untrained student: the same seed gives the same start in every arm."""
+    """The student to be trained, the same in every arm: from the weights that the job names, else new by its seed."""
     torch.manual_seed(derive_seed(job["seed"], "init"))
     model = function.student(function.corpus_config(job["corpus"]), job["network"])
-    function.set_statistics(model, train_inputs)
+    if job.get("start") is None or load_if_they_fit(model, Path(job["start"])):
+        function.set_statistics(model, train_inputs)
     return model
 
 

@@ -16,7 +16,7 @@ from rankd_pipeline.steps.runner import StepContext
 from rankd_pipeline.steps.ssl_weights import WEIGHTS
 from rankd_pipeline.training.fit import EpochRecord, FitConfig, FitResult, fit
 from rankd_pipeline.training.seeds import derive_seed
-from rankd_pipeline.training.weights import load_weights, save_weights
+from rankd_pipeline.training.weights import load_if_they_fit, load_weights, save_weights
 
 
 def teacher(ctx: StepContext) -> None:
@@ -63,9 +63,15 @@ def fit_teacher(
 
 
 def new_teacher(ctx: StepContext) -> torch.nn.Module:
-    """The untrained teacher with its input scaling, from the self-supervised weights where there are any."""
+    """The teacher to be trained, with its input scaling: the last one on a re-distillation, else from the self-supervised
+    weights where there are any."""
     torch.manual_seed(derive_seed(ctx.spec.seed, "teacher", "init"))
     model = ctx.function.teacher(ctx.corpus_config, ctx.config.network)
+    if "last_teacher" in ctx.inputs:
+        unfit = load_if_they_fit(model, ctx.inputs["last_teacher"].file(WEIGHTS))
+        if not unfit:
+            return model
+        ctx.note(f"begun anew, not from the last teacher: {unfit}")
     start = ctx.inputs["ssl_weights"]
     if start.skipped is None:
         load_weights(model, start.file(WEIGHTS))

@@ -100,6 +100,15 @@ class Ledger:
         ended = [*(after.time for _, after in pairwise(serving)), None]
         return [Service(entry, entry.time, until) for entry, until in zip(serving, ended, strict=True)]
 
+    def look(self) -> int:
+        """Which challenger of the present champion is next: 1, and one more for each that was refused since it serves.
+
+        Trials at smoke scale were never compared with it, so they do not count.
+        """
+        entries = self.entries()
+        since = self.serving_line()
+        return 1 + sum(entry.event == "refused" and entry.scale != "smoke" for entry in entries[since:])
+
     def registered(self, recipe: str) -> Entry | None:
         """The registration of the deployment with this recipe."""
         return _registered(self.entries(), recipe)
@@ -147,12 +156,22 @@ class Ledger:
             entry = Entry("registered", version, recipe, bundle, scale, score, test_data, "deployed", run_id, time.time())
             return self._commit(entry)
 
-    def decide(self, registered: Entry, event: Event, reason: str, check: Check | None = None) -> Entry:
+    def decide(
+        self, registered: Entry, event: Event, reason: str, check: Check | None = None, against: Entry | None = None
+    ) -> Entry:
         """Record that a registered version became champion (and let it serve) or was refused, once.
 
-        check is called with the copy of a bundle that is about to serve; what it raises leaves everything as it was.
+        check is called with the copy of a bundle that is about to serve; what it raises leaves everything as it was. against
+        is the champion that the decision compared it with. Raises: RankdError if another one serves by now.
         """
         with self._lock:
+            serving = self.champion()
+            if against is not None and (serving is None or serving.version != against.version):
+                now = f"v{serving.version}" if serving is not None else "nothing"
+                raise RankdError(
+                    f"{self.pipeline}: v{registered.version} was compared with v{against.version}, but {now} serves by now; "
+                    "nothing was changed: run again."
+                )
             last = [entry for entry in self.entries() if entry.version == registered.version and entry.event != "registered"]
             if last and last[-1].event == event:
                 return last[-1]

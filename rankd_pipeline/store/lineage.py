@@ -5,9 +5,10 @@ with no store, no server and no database. Each manifest names its inputs by the 
 tree): whoever changes one word anywhere changes every hash from there down to the bundle.
 """
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +42,30 @@ class Made:
     checked: str = "manifest proven by its hash; files not at hand"
 
 
+@dataclass(frozen=True)
+class SiteRows:
+    """Rows of the field that joined a corpus: of which telemetry artifact, which windows [start_s, end_s), how many by site."""
+
+    telemetry: str
+    windows: tuple[tuple[float, float], ...]
+    sites: Mapping[str, int]
+
+
 @dataclass
 class Lineage:
-    """The whole chain, the nearest artifact first. problems is empty when everything that could be checked holds."""
+    """The whole chain, the nearest artifact first. problems is empty when everything that could be checked holds.
+
+    sites: rows by site of everything that any generation of the model learned from. field: the telemetry among it, the
+    latest re-distillation first.
+    """
 
     path: str
     pipeline: str
     inputs: Mapping[str, str]
-    made: dict[str, Made] = field(default_factory=dict)
-    sites: Mapping[str, int] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
+    made: dict[str, Made] = dataclasses.field(default_factory=dict)
+    sites: dict[str, int] = dataclasses.field(default_factory=dict)
+    field: list[SiteRows] = dataclasses.field(default_factory=list)
+    problems: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def intact(self) -> bool:
@@ -113,6 +128,28 @@ def lineage_of(path: Path, store: Store | None = None) -> Lineage:
     return lineage
 
 
+@dataclass(frozen=True)
+class Touched:
+    """A deployed model that data of a site has touched: how many rows of the general corpus, and of which telemetry."""
+
+    pipeline: str
+    recipe: str
+    general_rows: int
+    field: tuple[SiteRows, ...]
+
+
+def models_of_site(store: Store, site: str) -> list[Touched]:
+    """Every deployment in the store whose training, in any generation, has seen rows of this site; from manifests alone."""
+    found = []
+    for deployment in store.artifacts(step="deployment"):
+        lineage = _walk(str(deployment.path), write_lineage({"deployment": deployment}, store))
+        rows = tuple(item for item in lineage.field if site in item.sites)
+        general = lineage.sites.get(site, 0) - max((item.sites[site] for item in rows), default=0)
+        if site in lineage.sites:
+            found.append(Touched(deployment.pipeline, deployment.recipe, general, rows))
+    return found
+
+
 def _read_document(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text())
@@ -154,10 +191,20 @@ def _walk(path: str, document: dict[str, Any]) -> Lineage:
             lineage.problems.append(f"manifest {sha256[:12]}… of {name} in {LINEAGE} is not one that rankd writes.")
             continue
         lineage.pipeline = lineage.pipeline or manifest["recipe"]["pipeline"]
-        if not manifest["inputs"]:  # the corpus names the sites whose data it holds
-            lineage.sites = manifest["metrics"].get("sites", {})
+        if manifest["recipe"]["step"] == "corpus":  # a corpus names the sites whose data it holds
+            _touched(lineage, manifest)
         waiting.extend((step, reference["manifest_sha256"]) for step, reference in manifest["inputs"].items())
     return lineage
+
+
+def _touched(lineage: Lineage, manifest: dict[str, Any]) -> None:
+    """Add the sites of a corpus. Generations share the general corpus, so of a site the largest count is the true one."""
+    for name, rows in manifest["metrics"].get("sites", {}).items():
+        lineage.sites[name] = max(lineage.sites.get(name, 0), rows)
+    site = manifest["metrics"].get("site")
+    if site is not None:
+        windows = tuple((start, end) for start, end in site["windows"])
+        lineage.field.append(SiteRows(site["telemetry"], windows, site["sites"]))
 
 
 def _made(manifest: dict[str, Any], sha256: str, observed: Mapping[str, Any]) -> Made:

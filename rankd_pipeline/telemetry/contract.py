@@ -17,6 +17,8 @@ from rankd_pipeline.audit.schema import ColumnSpec, CorpusSchema, as_column
 from rankd_pipeline.ran_functions.contract import RanFunction
 from rankd_pipeline.store.tensors import column_array, tensor_array
 
+SOURCE = "telemetry"
+"""What telemetry rows are called as a source, once they have joined a corpus."""
 MAX_TEXT = 200
 BAD_ROWS = 0.01
 """A file with a larger share of unusable rows is set aside whole: whoever wrote it has a fault."""

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rankd_pipeline.errors import RankdError
-from rankd_pipeline.ran_functions.contract import RanFunction
+from rankd_pipeline.ran_functions.contract import RanFunction, Shift
 from rankd_pipeline.ran_functions.registry import load_function
 from rankd_pipeline.runtime.bundle import load_bundle
 from rankd_pipeline.store.tensors import column_array
@@ -26,7 +26,7 @@ from rankd_pipeline.training.parallel import map_processes
 from rankd_pipeline.training.seeds import derive_seed
 
 SLOW_HOST = "slow_host"
-HOST_SHIFTS: Mapping[str, str] = {SLOW_HOST: "another tenant on the host: one call in twenty waits for one to four budgets"}
+HOST_SHIFTS = {SLOW_HOST: Shift("another tenant on the host: one call in twenty waits for one to four budgets", "slow_host")}
 """Shifts of the host, which every function knows; a function brings those of its radio."""
 
 
@@ -47,8 +47,8 @@ class Play:
     start_s: float
 
 
-def known_shifts(function: RanFunction) -> dict[str, str]:
-    """Every shift that can be played, with a sentence."""
+def known_shifts(function: RanFunction) -> dict[str, Shift]:
+    """Every shift that can be played."""
     return {**function.shifts, **HOST_SHIFTS}
 
 

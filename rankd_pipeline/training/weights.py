@@ -28,18 +28,35 @@ def load_weights(module: nn.Module, path: Path | str) -> dict[str, str]:
         ArtifactDamaged: the file is truncated or is no safetensors file.
     """
     tensors, metadata = read_tensors(Path(path))
+    wrong = _difference(module, tensors)
+    if wrong:
+        raise RankdError(f"{path}: {wrong}; the network's settings must be those the weights were trained with")
+    module.load_state_dict(tensors)
+    return metadata
+
+
+def load_if_they_fit(module: nn.Module, path: Path | str) -> str:
+    """Load `path` into `module` if tensors and shapes are the same; else leave it as it is and say what differs.
+
+    Raises as `load_weights` does for a file that is missing or damaged.
+    """
+    tensors, _ = read_tensors(Path(path))
+    wrong = _difference(module, tensors)
+    if not wrong:
+        module.load_state_dict(tensors)
+    return wrong
+
+
+def _difference(module: nn.Module, tensors: Mapping[str, Tensor]) -> str:
     expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    if wrong:
-        name = wrong[0]
-        raise RankdError(
-            f"{path}: the weights do not fit the network {type(module).__name__}: {len(wrong)} tensors differ, "
-            f"first {name!r}: found {found.get(name, 'nothing')}, expected {expected.get(name, 'nothing')}; "
-            "the network's settings must be those the weights were trained with"
-        )
-    module.load_state_dict(tensors)
-    return metadata
+    if not wrong:
+        return ""
+    return (
+        f"the weights do not fit the network {type(module).__name__}: {len(wrong)} tensors differ, "
+        f"first {wrong[0]!r}: found {found.get(wrong[0], 'nothing')}, expected {expected.get(wrong[0], 'nothing')}"
+    )
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

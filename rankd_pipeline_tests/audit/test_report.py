@@ -106,6 +106,18 @@ def test_a_tolerated_share_only_warns() -> None:
     assert [f.severity for f in report.findings if f.fault == "out_of_range"] == ["warn"]
 
 
+def test_a_fault_that_a_source_is_known_for_only_warns_there() -> None:
+    strange = table(0, 64), table(64, 64, source=["field"] * 320)
+    (told,) = (f for f in examine(*strange).findings if f.fault == "sovereignty")
+    assert told.severity == "fail" and "source field" in told.where
+
+    def severity(**accept: tuple[str, ...]) -> list[str]:
+        return [f.severity for f in examine(*strange, cfg=AuditConfig(accept=accept)).findings if f.fault == "sovereignty"]
+
+    assert severity(field=("sovereignty",)) == ["warn"]
+    assert severity(lab=("sovereignty",)) == severity(field=("clock",)) == ["fail"]
+
+
 def test_a_shard_that_cannot_be_read_is_a_finding() -> None:
     def batches() -> Iterator[pa.Table]:
         yield table(0, 64)

@@ -65,4 +65,4 @@ def test_the_table_of_a_function_decides_what_follows() -> None:
     assert worst_action(harmless) == "harmless" and worst_action([]) is None
     both = named(context("delay_spread_ns"), context("doppler_hz"), late="late", actions={**table, "doppler": "harmless"})
     assert worst_action(both) == "operator", "the host first"
-    assert worst_action(named(element(7, -9.0), late="late", actions=table)) == "redistil"
+    assert worst_action(named(element(7, -9.0), late="late", actions=table)) == "redistill"

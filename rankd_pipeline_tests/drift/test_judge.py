@@ -125,7 +125,7 @@ def test_a_report_draws_itself(reference: Rows) -> None:
     verdict = judge(reference, rows(40), schema(), RULES).as_json()
     judged = {**verdict, "key": "2026-01-01T00:00", "state": "judged", "p999_us": 20.0}
     small = {"key": "2026-01-01T01:00", "state": "too small"}
-    pictures = drift_figures([judged, {**judged, "action": "redistil"}, small], 100.0, "top1")
+    pictures = drift_figures([judged, {**judged, "action": "redistill"}, small], 100.0, "top1")
     assert set(pictures) == {"score_over_time", "latency_over_time", "drift_over_time"}
     assert all(data.startswith(b"\x89PNG") and len(data) < 100_000 for data in pictures.values())
     assert drift_figures([small], 100.0, "top1") == {}

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from rankd_pipeline.drift.statistics import (
     above_budget,
+    alike,
     classifier_two_sample,
     exact_bounds,
     holm,
@@ -89,6 +90,18 @@ def test_the_classifier_tells_apart_by_all_features_together() -> None:
     assert classifier_two_sample(reference, holes, 0)[1] < 1e-5
     assert classifier_two_sample(reference[:5], same, 0) == (0.5, 1.0), "too few to say"
     assert classifier_two_sample(np.ones((50, 2)), np.ones((50, 2)), 0) == (0.5, 1.0)
+
+
+def test_what_is_alike_and_what_differs_in_one_feature_or_only_in_all() -> None:
+    rng = np.random.default_rng(6)
+    same = [alike(rng.normal(size=(150, 8)), rng.normal(size=(100, 8)), seed) for seed in range(60)]
+    assert min(same) > 0.001 and sum(p < 0.05 for p in same) <= 6
+    moved = rng.normal(size=(100, 8))
+    moved[:, 3] += 0.9
+    moved[:20, 5] = np.nan
+    assert alike(rng.normal(size=(150, 8)), moved, 0) < 0.001
+    assert alike(rng.normal(size=(400, 8)), rng.normal(0.25, 1, size=(400, 8)), 0) < 0.001, "no feature alone would show it"
+    assert alike(np.zeros((3, 2)), np.ones((1, 2)), 0) == 1.0
 
 
 def test_the_latency_test_is_the_exact_binomial() -> None:

@@ -30,7 +30,7 @@ def plant(
     for info in CHAIN:
         inputs = {name: made[name] for name in info.inputs}
         draft = store.draft(recipe_of(info.name, spec, inputs))
-        _fill(draft, spec, (verdicts or {}).get(info.name, "pass"), score)
+        fill(draft, spec, (verdicts or {}).get(info.name, "pass"), score)
         made[info.name] = store.publish(draft, inputs)
         if info.name == upto:
             break
@@ -45,7 +45,8 @@ def gate(verdict: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _fill(draft: Draft, spec: PipelineSpec, verdict: str, score: float) -> None:
+def fill(draft: Draft, spec: PipelineSpec, verdict: str, score: float) -> None:
+    """The files and metrics that the steps after this one, and Dagster, look at."""
     step = draft.recipe.step
     (draft.out / "data.json").write_text(json.dumps({"step": step, "seed": spec.seed}))
     draft.observed.update(seconds=1.5, finished=1_700_000_000.0, run_id=None)

@@ -27,6 +27,9 @@ STEPS = (
 )  # fmt: skip
 
 
+FIELD = ("telemetry", "drift_report", "shadow_run")
+
+
 def attributes() -> dict:
     return yaml.safe_load(pipeline_files()["beam_management"].read_text())["attributes"]
 
@@ -34,7 +37,7 @@ def attributes() -> dict:
 def test_the_real_yaml_loads_with_the_keys_that_history_hangs_on(home: Settings) -> None:
     graph = defs().resolve_asset_graph()
     assert {key.to_user_string() for key in graph.get_all_asset_keys()} == {
-        f"{pipeline}/{name}" for pipeline in pipeline_files() for name in (*STEPS, "champion")
+        f"{pipeline}/{name}" for pipeline in pipeline_files() for name in (*STEPS, *FIELD, "champion")
     }
     assert [info.name for info in CHAIN] == list(STEPS)
     assert {(key.asset_key.path[-1], key.name) for key in graph.asset_check_keys} == {(step, "gates") for step in GATED}
@@ -47,13 +50,16 @@ def test_every_asset_says_what_it_is(home: Settings) -> None:
         node = graph.get(dg.AssetKey(["beam_management", info.name]))
         assert node.description == info.title
         assert node.group_name == "beam_management"
-        assert {key.path[-1] for key in node.parent_keys} == set(info.inputs)
+        joins = {"telemetry"} if info.name == "corpus" else set()  # a champion leads back to the telemetry behind it
+        assert {key.path[-1] for key in node.parent_keys} == set(info.inputs) | joins
         assert node.code_version and node.code_version.startswith(info.code_version)
         assert node.pools == {pool_name("beam_management")}
         assert node.kinds
     champion = graph.get(dg.AssetKey(["beam_management", "champion"]))
     assert not champion.is_materializable
-    assert {key.path[-1] for key in champion.parent_keys} == {"deployment"}
+    assert {key.path[-1] for key in champion.parent_keys} == {"deployment", "shadow_run"}
+    for name in FIELD:
+        assert graph.get(dg.AssetKey(["beam_management", name])).pools == {pool_name("beam_management")}
 
 
 def test_checks_block(home: Settings) -> None:
@@ -76,6 +82,30 @@ def test_schedule_is_what_the_yaml_says(home: Settings) -> None:
     other = built(switched_on).resolve_schedule_def("beam_management_nightly")
     assert (other.cron_schedule, other.execution_timezone) == ("15 3 * * 1", "Europe/Berlin")
     assert other.default_status == dg.DefaultScheduleStatus.RUNNING
+
+
+def test_jobs_look_at_the_field_and_redistill(home: Settings) -> None:
+    definitions = defs()
+    for name, steps in (
+        ("beam_management_drift", {"telemetry", "drift_report"}),
+        ("beam_management_redistill", {*STEPS, "shadow_run"}),
+    ):
+        job = definitions.resolve_job_def(name)
+        assert {key.path[-1] for key in job.asset_layer.executable_asset_keys} == steps
+    assert definitions.resolve_schedule_def("beam_management_nightly").job_name == "beam_management_redistill"
+
+
+def test_sensors_are_what_the_yaml_says(home: Settings) -> None:
+    switches = {"telemetry": {"enabled": True, "interval_s": 7}, "drift": {"enabled": True, "interval_s": 9}}
+    for definitions, status, seconds in (
+        (defs(), dg.DefaultSensorStatus.STOPPED, (30, 30)),
+        (built(component(sensors=switches)), dg.DefaultSensorStatus.RUNNING, (7, 9)),
+    ):
+        look, drift = (definitions.resolve_sensor_def(f"beam_management_{name}") for name in ("telemetry", "drift"))
+        assert (look.job_name, drift.job_name) == ("beam_management_drift", "beam_management_redistill")
+        assert look.default_status == drift.default_status == status
+        assert (look.minimum_interval_seconds, drift.minimum_interval_seconds) == seconds
+    assert defs().resolve_sensor_def("beam_management_mirrors").default_status == dg.DefaultSensorStatus.RUNNING
 
 
 def component(**changes: object) -> RanFunctionComponent:
@@ -103,6 +133,9 @@ def test_component_reads_the_yaml_as_the_command_line_does() -> None:
         ({"scales": {"huge": {}}}, "huge"),
         ({"gates": {"calibration_scorecard": [{"name": "x"}]}}, "metric"),
         ({"schedule": {"cronn": "1"}}, "cronn"),
+        ({"sensors": {"drift": {"cooldown": 1}}}, "cooldown"),
+        ({"redistill": {"corpus": {}}}, "cannot change 'corpus'"),
+        ({"steps": {**attributes()["steps"], "drift_report": {"causes": {"weather": "harmless"}}}}, "weather"),
         ({"steps": {**attributes()["steps"], "latency_profile": {"budget_us": -1}}}, "budget_us"),
     ],
 )

@@ -52,9 +52,9 @@ def test_windows_first_show_what_is_normal_and_then_are_judged(home: Settings, s
     drop(home, 7, l1_rsrp_dbm=weak)
     report, windows = watch(home, store)
     assert [(window["causes"][0]["cause"], window["action"]) for window in windows[-2:]] == [
-        ("delay_spread", "harmless"), ("broken_element", "redistil"),
+        ("delay_spread", "harmless"), ("broken_element", "redistill"),
     ]  # fmt: skip
-    assert report.metrics["cause"] == "broken_element" and report.metrics["action"] == "redistil"
+    assert report.metrics["cause"] == "broken_element" and report.metrics["action"] == "redistill"
     assert report.metrics["streak"] == [[windows[-1]["start_s"], windows[-1]["end_s"]]]
     assert {path.stem for path in (report.path / "figures").glob("*.png")} >= {"score_over_time", "drift_over_time"}
 

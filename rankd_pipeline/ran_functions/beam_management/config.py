@@ -5,6 +5,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from rankd_pipeline.ran_functions.contract import Shift
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -174,14 +176,14 @@ def transmit_power_per_re_dbm(cfg: BeamCorpusConfig, band: BandConfig) -> float:
 
 
 # -- the field ------------------------------------------------------------------------------------------------------------
-SHIFTS = {
-    "uma": "the small cells become UMa macro cells (TR 38.901), 25 m high",
-    "speed_60": "users move at 60 km/h instead of 3",
-    "delay_spread_x3": "all path delays, and so the delay spread, three times as long",
-    "band_28": "the carrier is refarmed from the lowest to the highest training band (3.5 to 28 GHz)",
-    "new_site": "half of the users are at a new site: a low panel among towers, all users above it and indoors",
-    "broken_beam": "one SSB beam radiates nothing: its reports are missing",
-    "weak_beam": "one SSB beam is 10 dB too weak: its amplifier is failing",
+SHIFTS: dict[str, Shift] = {
+    "uma": Shift("the small cells become UMa macro cells (TR 38.901), 25 m high", "scenario"),
+    "speed_60": Shift("users move at 60 km/h instead of 3", "doppler"),
+    "delay_spread_x3": Shift("all path delays, and so the delay spread, three times as long", "delay_spread"),
+    "band_28": Shift("the carrier is refarmed from the lowest training band to the highest, or to 28 GHz", "refarmed_band"),
+    "new_site": Shift("half of the users are at new sites: low panels among towers, all users indoors and above", "new_site"),
+    "broken_beam": Shift("one SSB beam radiates nothing: its reports are missing", "broken_element"),
+    "weak_beam": Shift("one SSB beam is 10 dB too weak: its amplifier is failing", "broken_element"),
 }
 WALKING_KMH, DRIVING_KMH = (2.0, 4.0), (55.0, 65.0)
 NEW_SITE = SiteConfig(

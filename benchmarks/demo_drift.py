@@ -1,0 +1,268 @@
+"""The whole loop in one go, unattended: a champion, its field, a shift, detection, re-distillation, promotion, and the scores.
+
+`make demo-drift` runs it in a home of its own. The real daemon does the work: this script plays the field (`rankd field`),
+switches the sensors on as the UI does, waits, and measures. It writes `demo.png` and `demo.json` into the home.
+"""
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rankd_pipeline.evaluation.bootstrap import estimate
+from rankd_pipeline.evaluation.table import concat_tables
+from rankd_pipeline.ran_functions.registry import load_function
+from rankd_pipeline.report.figures import ACCENT, BAD, GOOD, new_figure, png
+from rankd_pipeline.runtime.bundle import load_bundle
+from rankd_pipeline.settings import Settings, prepare_environment
+from rankd_pipeline.spec import load_pipeline
+from rankd_pipeline.steps.runner import open_store
+from rankd_pipeline.steps.watch import current_report
+from rankd_pipeline.store.ledger import Entry, open_ledger
+from rankd_pipeline.telemetry.field import simulated
+
+REPOSITORY = {"repositoryName": "__repository__", "repositoryLocationName": "rankd_pipeline.definitions"}
+SWITCH = """
+mutation Switch($selector: SensorSelector!) {
+  startSensor(sensorSelector: $selector) { __typename ... on PythonError { message } }
+}"""
+CALM_HOURS, AFTER_HOURS = 6, 3
+
+
+class Demo:
+    """One loop: what is played, what was seen when."""
+
+    def __init__(self, options: argparse.Namespace, current: Settings) -> None:
+        self.options, self.current = options, current
+        self.config = load_pipeline(options.pipeline)
+        self.pipeline = self.config.pipeline
+        self.ledger = open_ledger(current, self.pipeline)
+        self.began = time.monotonic()
+        self.seen: dict[str, float] = {}
+        self.shifted_at = ""
+
+    def say(self, text: str) -> None:
+        print(f"[{time.monotonic() - self.began:6.1f} s] {text}", flush=True)
+
+    def rankd(self, *arguments: str) -> None:
+        subprocess.run([sys.executable, "-m", "rankd_pipeline.cli", *arguments], check=True, stdout=subprocess.DEVNULL)
+
+    def field(self, hours: int, *shifts: str, rows: int) -> None:
+        """Play some hours; every call simulates other users."""
+        self.seed = getattr(self, "seed", 0) + 1
+        named = [word for shift in shifts for word in ("--shift", shift)]
+        amount = ["--hours", str(hours), "--rows", str(rows), "--labelled", str(self.options.labelled), "--seed", str(self.seed)]
+        self.rankd("field", self.pipeline, *amount, *named)
+
+    def report(self) -> dict[str, Any] | None:
+        found = current_report(self.pipeline, open_store(self.current), self.current)
+        return json.loads(found.file("drift.json").read_text()) if found is not None else None
+
+    def wait(self, what: str, done: Callable[[], Any], seconds: float) -> Any:
+        """Poll until `done` says something true."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            found = done()
+            if found:
+                self.seen[what] = time.monotonic()
+                self.say(what)
+                return found
+            time.sleep(1.0)
+        raise SystemExit(
+            f"demo: gave up after {seconds:.0f} s waiting for: {what} (the daemon's log: {self.current.home / 'ui.log'})"
+        )
+
+
+def run(options: argparse.Namespace, current: Settings) -> None:
+    demo = Demo(options, current)
+    if demo.ledger.champion() is None:
+        demo.say(f"a champion first: rankd run {demo.pipeline} --variant {options.variant} (only the first time)")
+        demo.rankd("run", demo.pipeline, "--variant", options.variant)
+    champion = demo.ledger.champion()
+    assert champion is not None
+    demo.say(f"v{champion.version} serves; its field is calm")
+    with daemon(demo):
+        demo.field(CALM_HOURS, rows=options.rows)
+        demo.wait("the calm field is judged", lambda: _judged(demo.report()), 300)
+        shifted = time.monotonic()
+        demo.say(f"the field shifts: {options.shift}")
+        demo.field(options.hours, options.shift, rows=options.rows)
+        drift = demo.wait("detected", lambda: _drifted(demo.report()), 300)
+        demo.shifted_at = drift["key"]
+        demo.say(f"window {drift['key']}: {drift['why']}")
+        last = len(demo.ledger.entries())
+        decided = demo.wait("decided", lambda: _decided(demo, last), 3600)
+        demo.say(f"v{decided.version}: {decided.event}, {decided.reason}")
+        took = time.monotonic() - shifted
+        demo.field(AFTER_HOURS, options.shift, rows=options.rows)
+        demo.wait("the new champion is judged", lambda: _served(demo.report(), AFTER_HOURS), 300)
+    outcome = measure(demo, champion)
+    outcome |= {"seconds_from_shift_to_decision": took, "detected_after_s": demo.seen["detected"] - shifted, "event": decided.event}
+    (current.home / "demo.json").write_text(json.dumps(outcome, indent=1) + "\n")
+    (current.home / "demo.png").write_bytes(picture(demo))
+    demo.say(f"from shift to decision: {took:.0f} s (detected after {outcome['detected_after_s']:.0f} s)")
+    for name in ("before", "during", "after"):
+        demo.say(f"score {name}: {outcome[name]['value']:.4f} [{outcome[name]['ci95'][0]:.4f}, {outcome[name]['ci95'][1]:.4f}]")
+    demo.say(f"regained: {outcome['regained']:.0%} of what the shift had cost; plot: {current.home / 'demo.png'}")
+
+
+# -- the daemon ---------------------------------------------------------------------------------------------------------------
+class daemon:
+    """`rankd ui` with both sensors switched on; ended in order."""
+
+    def __init__(self, demo: Demo) -> None:
+        self.demo = demo
+        self.port, self.mlflow_port = _free_port(), _free_port()
+
+    def __enter__(self) -> "daemon":
+        log = self.demo.current.home / "ui.log"
+        command = [
+            sys.executable,
+            "-m",
+            "rankd_pipeline.cli",
+            "ui",
+            "--port",
+            str(self.port),
+            "--mlflow-port",
+            str(self.mlflow_port),
+        ]
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(command, stdout=output, stderr=output)
+        self.demo.wait("the daemon is up", lambda: "Ctrl-C stops both" in log.read_text(errors="replace"), 240)
+        for name in ("telemetry", "drift"):
+            selector = {**REPOSITORY, "sensorName": f"{self.demo.pipeline}_{name}"}
+            answer = self.graphql(SWITCH, selector=selector)["startSensor"]
+            assert answer["__typename"] == "Sensor", answer
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.send_signal(signal.SIGINT)
+        self.process.wait(60)
+
+    def graphql(self, query: str, **variables: Any) -> dict[str, Any]:
+        body = json.dumps({"query": query, "variables": variables}).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/graphql", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return json.load(answer)["data"]
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+# -- what is waited for ---------------------------------------------------------------------------------------------------------
+def _judged(report: Mapping[str, Any] | None) -> bool:
+    return report is not None and any(window["state"] == "judged" for window in report["windows"])
+
+
+def _drifted(report: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    windows = report["windows"] if report is not None else []
+    return next((window for window in windows if window.get("action") == "redistill"), None)
+
+
+def _decided(demo: Demo, known: int) -> Entry | None:
+    return next((entry for entry in demo.ledger.entries()[known:] if entry.event in ("champion", "refused")), None)
+
+
+def _served(report: Mapping[str, Any] | None, hours: int) -> bool:
+    """Whether the last hours were decided by the present champion and have been judged."""
+    windows = report["windows"] if report is not None else []
+    return len(windows) >= hours and all(
+        window.get("own_share", 0) > 0.9 and window["state"] == "judged" for window in windows[-hours:]
+    )
+
+
+# -- the scores -------------------------------------------------------------------------------------------------------------------
+def measure(demo: Demo, first: Entry) -> dict[str, Any]:
+    """Score of the old champion before and during the shift and of the present one after it, by the simulator's truth.
+
+    Fresh users, the same for old and new champion during the shift; 95 % intervals by session.
+    """
+    function = load_function(demo.config.function)
+    spec = demo.config.at(variant=demo.options.variant)
+    cfg = function.corpus_config(spec.steps.corpus.simulation)
+    bundles = {"old": demo.ledger.states / "bundles" / f"v{first.version:04d}-{first.recipe}", "new": demo.ledger.bundle}
+    predictors = {}
+    for name, path in bundles.items():
+        assert path is not None
+        bundle = load_bundle(path)
+        predictors[name] = function.deployed_predictor(bundle, bundle.signature)
+    tables = []
+    for split, shifts in (("calm", frozenset()), ("shifted", frozenset({demo.options.shift}))):
+        features, truth, _, _ = simulated(function, cfg, shifts, demo.options.measure_rows, seed=20_261_126)
+        tables.append(function.evaluate(predictors, features, truth, split, frozenset(predictors)))
+    table, metric = concat_tables(tables), function.metric
+
+    def score(*terms: str, minus: tuple[str, ...] = ()) -> dict[str, Any]:
+        found = estimate(table, list(terms), list(minus), metric=metric.name, aggregate=metric.aggregate,
+                         higher_is_better=metric.higher_is_better)  # fmt: skip
+        return {"value": found.value, "ci95": found.ci95}
+
+    before, during, after = score("old@calm"), score("old@shifted"), score("new@shifted")
+    lost = before["value"] - during["value"]
+    return {
+        "shift": demo.options.shift, "metric": metric.name, "before": before, "during": during, "after": after,
+        "gain": score("new@shifted", minus=("old@shifted",)), "calm_after": score("new@calm"),
+        "regained": (after["value"] - during["value"]) / lost if lost else float("nan"),
+    }  # fmt: skip
+
+
+def picture(demo: Demo) -> bytes:
+    """Score of each window on its labelled rows: before, during and after."""
+    report = demo.report()
+    assert report is not None
+    figure, axes = new_figure()
+    figure.set_size_inches(7.0, 3.2)
+    windows = [window for window in report["windows"] if window.get("quality", {}).get("score") is not None]
+    at = np.arange(len(windows))
+    value = np.array([window["quality"]["score"] for window in windows])
+    ends = np.array([window["quality"]["score_ci95"] for window in windows])
+    axes.errorbar(
+        at, value, np.abs(ends.T - value), color=ACCENT, fmt="o-", markersize=4, linewidth=1.0, label="champion, labelled rows"
+    )
+    classical = [window["quality"]["baseline"] for window in windows]
+    axes.plot(at, classical, color=GOOD, linestyle="--", linewidth=1.0, label="classical method")
+    shifted = next((i for i, window in enumerate(windows) if window.get("action") == "redistill"), None)
+    served = len(windows) - AFTER_HOURS
+    for where, text, colour in ((shifted, f"shift: {demo.options.shift}", BAD), (served, "new champion", GOOD)):
+        if where is not None:
+            axes.axvline(where - 0.5, color=colour, linewidth=1.0)
+            axes.annotate(
+                text, (where - 0.5, axes.get_ylim()[1]), xytext=(3, -10), textcoords="offset points", fontsize=7, color=colour
+            )
+    axes.set_xlabel("hour of the field")
+    axes.set_ylabel(load_function(demo.config.function).metric.name)
+    axes.legend(loc="lower right")
+    return png(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pipeline", default="beam_management")
+    parser.add_argument("--variant", default="n78")
+    parser.add_argument("--shift", default="band_28")
+    parser.add_argument("--hours", type=int, default=8, help="hours after the shift before anything is done about it")
+    parser.add_argument("--rows", type=int, default=4000, help="decisions an hour")
+    parser.add_argument("--labelled", type=float, default=0.3)
+    parser.add_argument("--measure-rows", type=int, default=20_000)
+    options = parser.parse_args()
+    current = prepare_environment()
+    os.environ["PYTHONWARNINGS"] = "ignore"
+    current.home.mkdir(parents=True, exist_ok=True)
+    Path(current.home / "README").write_text("A home of its own for `make demo-drift`; delete it to start over.\n")
+    run(options, current)
+
+
+if __name__ == "__main__":
+    main()
