@@ -36,7 +36,7 @@ class ChannelEstimation(RanFunction):
     title = "Channel estimation"
     metric = Metric("nmse", "dB", higher_is_better=False, is_rate=False, aggregate=f"cells_db({CELLS})")
     gap_baseline = "ls_linear"
-    code_versions = {"simulate": "2", "labels": "1", "networks": "1", "baselines": "1", "metrics": "1"}
+    code_versions = {"simulate": "2", "labels": "2", "networks": "2", "baselines": "2", "metrics": "1"}
 
     def corpus_config(self, raw: Mapping[str, Any]) -> ChannelCorpusConfig:
         return validated(ChannelCorpusConfig, dict(raw), "steps.corpus.simulation")
