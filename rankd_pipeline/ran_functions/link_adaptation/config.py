@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from rankd_pipeline.ran_functions.contract import Shift
+
 Scenario = Literal["UMi", "UMa", "TDL-A", "TDL-B", "TDL-C", "TDL-D"]
 Range = tuple[float, float]
 SLOT_US = 500.0
@@ -166,14 +168,14 @@ class LinkCorpusConfig(_Strict):
         return self.trace_slots // self.window_slots
 
 
-SHIFTS = {
-    "uma": "the small cells become UMa macro cells (TR 38.901), 25 m high",
-    "speed_60": "users move at 60 km/h instead of 3",
-    "band_49": "the carrier is refarmed from the lowest to the highest training band (2.1 to 4.9 GHz)",
-    "new_site": "half of the users are at a new site, a motorway",
-    "busy_neighbour": "the neighbour cell goes live: every user sees its bursts",
-    "proud_receivers": "a new generation of receivers reports CQI 3 dB too high",
-    "slow_reports": "CQI reports every 80 slots instead of 10 to 40",
+SHIFTS: dict[str, Shift] = {
+    "uma": Shift("the small cells become UMa macro cells (TR 38.901), 25 m high", "scenario"),
+    "speed_60": Shift("users move at 60 km/h instead of 3", "doppler"),
+    "band_49": Shift("the carrier is refarmed from the lowest to the highest training band (2.1 to 4.9 GHz)", "refarmed_band"),
+    "new_site": Shift("half of the users are at a new site, a motorway", "new_site"),
+    "busy_neighbour": Shift("the neighbour cell goes live: every user sees its bursts", "power"),
+    "proud_receivers": Shift("a new generation of receivers reports CQI 3 dB too high", "unexplained"),
+    "slow_reports": Shift("CQI reports every 80 slots instead of 10 to 40", "missing_reports"),
 }
 WALKING_KMH, DRIVING_KMH = (2.0, 4.0), (55.0, 65.0)
 RUNNING = PolicyConfig(cqi_table=0, illa=0, olla=1, random=0, olla_delta_up_db=(0.1, 0.5), olla_offset_db=(0.0, 0.0))
