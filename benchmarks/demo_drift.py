@@ -13,12 +13,13 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rankd_pipeline.cli.field import following_hour
 from rankd_pipeline.evaluation.bootstrap import estimate
 from rankd_pipeline.evaluation.table import concat_tables
 from rankd_pipeline.ran_functions.registry import load_function
@@ -29,7 +30,7 @@ from rankd_pipeline.spec import load_pipeline
 from rankd_pipeline.steps.runner import open_store
 from rankd_pipeline.steps.watch import current_report
 from rankd_pipeline.store.ledger import Entry, open_ledger
-from rankd_pipeline.telemetry.field import simulated
+from rankd_pipeline.telemetry.field import Play, play, simulated
 
 REPOSITORY = {"repositoryName": "__repository__", "repositoryLocationName": "rankd_pipeline.definitions"}
 SWITCH = """
@@ -49,7 +50,7 @@ class Demo:
         self.ledger = open_ledger(current, self.pipeline)
         self.began = time.monotonic()
         self.seen: dict[str, float] = {}
-        self.shifted_at = ""
+        self.seed = 0
 
     def say(self, text: str) -> None:
         print(f"[{time.monotonic() - self.began:6.1f} s] {text}", flush=True)
@@ -57,12 +58,23 @@ class Demo:
     def rankd(self, *arguments: str) -> None:
         subprocess.run([sys.executable, "-m", "rankd_pipeline.cli", *arguments], check=True, stdout=subprocess.DEVNULL)
 
-    def field(self, hours: int, *shifts: str, rows: int) -> None:
-        """Play some hours; every call simulates other users."""
-        self.seed = getattr(self, "seed", 0) + 1
-        named = [word for shift in shifts for word in ("--shift", shift)]
-        amount = ["--hours", str(hours), "--rows", str(rows), "--labelled", str(self.options.labelled), "--seed", str(self.seed)]
-        self.rankd("field", self.pipeline, *amount, *named)
+    def field(self, hours: int, *shifts: str) -> list[Path]:
+        """Play the next hours (every call simulates other users) beside the telemetry folder; `deliver` puts them there."""
+        self.seed += 1
+        bundle, options = self.ledger.bundle, self.options
+        assert bundle is not None
+        steps = self.config.at(variant=options.variant).steps
+        start_s = following_hour(self.current.telemetry_dir(self.pipeline), None)
+        wanted = Play(bundle, frozenset(shifts), hours, options.rows, options.labelled, self.seed, start_s)
+        function, budget_us = load_function(self.config.function), steps.latency_profile.budget_us
+        return play(function, steps.corpus.simulation, budget_us, wanted, self.current.home / "played", self.current.workers)
+
+    def deliver(self, files: Sequence[Path]) -> None:
+        """What a collector does at the end of some hours: all of their files come at once."""
+        folder = self.current.telemetry_dir(self.pipeline)
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in files:
+            path.rename(folder / path.name)
 
     def report(self) -> dict[str, Any] | None:
         found = current_report(self.pipeline, open_store(self.current), self.current)
@@ -92,22 +104,26 @@ def run(options: argparse.Namespace, current: Settings) -> None:
     assert champion is not None
     demo.say(f"v{champion.version} serves; its field is calm")
     with daemon(demo):
-        demo.field(CALM_HOURS, rows=options.rows)
+        demo.deliver(demo.field(CALM_HOURS))
         demo.wait("the calm field is judged", lambda: _judged(demo.report()), 300)
+        demo.say(f"the field shifts: {options.shift}; {options.hours} hours of it are played")
+        files = demo.field(options.hours, options.shift)
         shifted = time.monotonic()
-        demo.say(f"the field shifts: {options.shift}")
-        demo.field(options.hours, options.shift, rows=options.rows)
+        demo.deliver(files)
+        demo.say("their telemetry arrives: from here on the clock runs")
         drift = demo.wait("detected", lambda: _drifted(demo.report()), 300)
-        demo.shifted_at = drift["key"]
         demo.say(f"window {drift['key']}: {drift['why']}")
         last = len(demo.ledger.entries())
         decided = demo.wait("decided", lambda: _decided(demo, last), 3600)
         demo.say(f"v{decided.version}: {decided.event}, {decided.reason}")
         took = time.monotonic() - shifted
-        demo.field(AFTER_HOURS, options.shift, rows=options.rows)
+        demo.deliver(demo.field(AFTER_HOURS, options.shift))
         demo.wait("the new champion is judged", lambda: _served(demo.report(), AFTER_HOURS), 300)
     outcome = measure(demo, champion)
-    outcome |= {"seconds_from_shift_to_decision": took, "detected_after_s": demo.seen["detected"] - shifted, "event": decided.event}
+    outcome |= {
+        "seconds_from_shift_to_decision": took, "detected_after_s": demo.seen["detected"] - shifted, "event": decided.event,
+        "reason": decided.reason, "load_average": os.getloadavg()[2],
+    }  # fmt: skip
     (current.home / "demo.json").write_text(json.dumps(outcome, indent=1) + "\n")
     (current.home / "demo.png").write_bytes(picture(demo))
     demo.say(f"from shift to decision: {took:.0f} s (detected after {outcome['detected_after_s']:.0f} s)")
@@ -252,9 +268,9 @@ def main() -> None:
     parser.add_argument("--pipeline", default="beam_management")
     parser.add_argument("--variant", default="n78")
     parser.add_argument("--shift", default="band_28")
-    parser.add_argument("--hours", type=int, default=8, help="hours after the shift before anything is done about it")
-    parser.add_argument("--rows", type=int, default=4000, help="decisions an hour")
-    parser.add_argument("--labelled", type=float, default=0.3)
+    parser.add_argument("--hours", type=int, default=10, help="hours after the shift whose telemetry arrives at once")
+    parser.add_argument("--rows", type=int, default=5000, help="decisions an hour")
+    parser.add_argument("--labelled", type=float, default=0.4)
     parser.add_argument("--measure-rows", type=int, default=20_000)
     options = parser.parse_args()
     current = prepare_environment()

@@ -85,9 +85,9 @@ def classifier_two_sample(reference: np.ndarray, window: np.ndarray, seed: int) 
     if count < 20:
         return 0.5, 1.0
     sides = [side[rng.permutation(len(side))[:count]] for side in (reference, window)]
+    sides = [side[:, np.isfinite(sides[0]).sum(axis=0) > 1] for side in sides]
     centre, scale = np.nanmean(sides[0], axis=0), np.nanstd(sides[0], axis=0)
-    scale = np.where(np.isfinite(scale) & (scale > 0), scale, 1.0)
-    sides = [np.clip(np.nan_to_num((side - np.nan_to_num(centre)) / scale), -10, 10) for side in sides]
+    sides = [np.clip(np.nan_to_num((side - centre) / np.where(scale > 0, scale, 1.0)), -10, 10) for side in sides]
     half = count // 2
     train, test = (np.concatenate([side[part] for side in sides]) for part in (slice(None, half), slice(half, None)))
     label = [np.repeat([0, 1], [n, n]) for n in (half, count - half)]

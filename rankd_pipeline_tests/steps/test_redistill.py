@@ -12,7 +12,7 @@ from rankd_pipeline.cli import rankd
 from rankd_pipeline.ran_functions.registry import load_function
 from rankd_pipeline.runtime.bundle import verify_bundle
 from rankd_pipeline.settings import Settings, settings
-from rankd_pipeline.spec import PipelineSpec, SiteData, load_pipeline
+from rankd_pipeline.spec import DriftSensor, PipelineSpec, Sensors, SiteData, load_pipeline
 from rankd_pipeline.steps.chain import STEPS
 from rankd_pipeline.steps.promotion import challenge
 from rankd_pipeline.steps.runner import open_store, resolve, run_step
@@ -86,7 +86,9 @@ def test_the_drift_was_named_and_its_windows_are_what_is_learned_from(loop: Loop
     assert loop.report.metrics["cause"] == "broken_element" and loop.report.metrics["action"] == "redistill"
     assert list(loop.site.windows) == [(START_S + hour * HOUR_S, START_S + (hour + 1) * HOUR_S) for hour in (5, 6)]
     assert loop.site.start == loop.first["deployment"].recipe
-    tick = drift_tick(CONFIG, loop.store, loop.home, None, None, [], 0.0)
+    assert "labelled rows since it began; 2000 are needed" in drift_tick(CONFIG, loop.store, loop.home, None, None, [], 0.0).why
+    fewer = CONFIG.model_copy(update={"sensors": Sensors(drift=DriftSensor(min_labelled=400))})
+    tick = drift_tick(fewer, loop.store, loop.home, None, None, [], 0.0)
     assert tick.start and tick.site == loop.site
 
 
