@@ -58,14 +58,14 @@ class Demo:
     def rankd(self, *arguments: str) -> None:
         subprocess.run([sys.executable, "-m", "rankd_pipeline.cli", *arguments], check=True, stdout=subprocess.DEVNULL)
 
-    def field(self, hours: int, *shifts: str) -> list[Path]:
+    def field(self, hours: int, rows: int, *shifts: str) -> list[Path]:
         """Play the next hours (every call simulates other users) beside the telemetry folder; `deliver` puts them there."""
         self.seed += 1
         bundle, options = self.ledger.bundle, self.options
         assert bundle is not None
         steps = self.config.at(variant=options.variant).steps
         start_s = following_hour(self.current.telemetry_dir(self.pipeline), None)
-        wanted = Play(bundle, frozenset(shifts), hours, options.rows, options.labelled, self.seed, start_s)
+        wanted = Play(bundle, frozenset(shifts), hours, rows, options.labelled, self.seed, start_s)
         function, budget_us = load_function(self.config.function), steps.latency_profile.budget_us
         return play(function, steps.corpus.simulation, budget_us, wanted, self.current.home / "played", self.current.workers)
 
@@ -104,10 +104,10 @@ def run(options: argparse.Namespace, current: Settings) -> None:
     assert champion is not None
     demo.say(f"v{champion.version} serves; its field is calm")
     with daemon(demo):
-        demo.deliver(demo.field(CALM_HOURS))
+        demo.deliver(demo.field(CALM_HOURS, options.rows // 3))
         demo.wait("the calm field is judged", lambda: _judged(demo.report()), 300)
         demo.say(f"the field shifts: {options.shift}; {options.hours} hours of it are played")
-        files = demo.field(options.hours, options.shift)
+        files = demo.field(options.hours, options.rows, options.shift)
         shifted = time.monotonic()
         demo.deliver(files)
         demo.say("their telemetry arrives: from here on the clock runs")
@@ -117,7 +117,7 @@ def run(options: argparse.Namespace, current: Settings) -> None:
         decided = demo.wait("decided", lambda: _decided(demo, last), 3600)
         demo.say(f"v{decided.version}: {decided.event}, {decided.reason}")
         took = time.monotonic() - shifted
-        demo.deliver(demo.field(AFTER_HOURS, options.shift))
+        demo.deliver(demo.field(AFTER_HOURS, options.rows // 2, options.shift))
         demo.wait("the new champion is judged", lambda: _served(demo.report(), AFTER_HOURS), 300)
     outcome = measure(demo, champion)
     outcome |= {
@@ -127,8 +127,8 @@ def run(options: argparse.Namespace, current: Settings) -> None:
     (current.home / "demo.json").write_text(json.dumps(outcome, indent=1) + "\n")
     (current.home / "demo.png").write_bytes(picture(demo))
     demo.say(f"from shift to decision: {took:.0f} s (detected after {outcome['detected_after_s']:.0f} s)")
-    for name in ("before", "during", "after"):
-        demo.say(f"score {name}: {outcome[name]['value']:.4f} [{outcome[name]['ci95'][0]:.4f}, {outcome[name]['ci95'][1]:.4f}]")
+    for name in ("before", "during", "after", "lost", "gain"):
+        demo.say(f"{name}: {outcome[name]['value']:.4f} [{outcome[name]['ci95'][0]:.4f}, {outcome[name]['ci95'][1]:.4f}]")
     demo.say(f"regained: {outcome['regained']:.0%} of what the shift had cost; plot: {current.home / 'demo.png'}")
 
 
@@ -226,11 +226,11 @@ def measure(demo: Demo, first: Entry) -> dict[str, Any]:
         return {"value": found.value, "ci95": found.ci95}
 
     before, during, after = score("old@calm"), score("old@shifted"), score("new@shifted")
-    lost = before["value"] - during["value"]
+    lost, gain = score("old@calm", minus=("old@shifted",)), score("new@shifted", minus=("old@shifted",))
     return {
         "shift": demo.options.shift, "metric": metric.name, "before": before, "during": during, "after": after,
-        "gain": score("new@shifted", minus=("old@shifted",)), "calm_after": score("new@calm"),
-        "regained": (after["value"] - during["value"]) / lost if lost else float("nan"),
+        "lost": lost, "gain": gain, "calm_after": score("new@calm"),
+        "regained": gain["value"] / lost["value"] if lost["value"] else float("nan"),
     }  # fmt: skip
 
 
@@ -269,9 +269,9 @@ def main() -> None:
     parser.add_argument("--variant", default="n78")
     parser.add_argument("--shift", default="band_28")
     parser.add_argument("--hours", type=int, default=10, help="hours after the shift whose telemetry arrives at once")
-    parser.add_argument("--rows", type=int, default=5000, help="decisions an hour")
+    parser.add_argument("--rows", type=int, default=5000, help="decisions an hour after the shift; a third of it before")
     parser.add_argument("--labelled", type=float, default=0.4)
-    parser.add_argument("--measure-rows", type=int, default=20_000)
+    parser.add_argument("--measure-rows", type=int, default=12_000)
     options = parser.parse_args()
     current = prepare_environment()
     os.environ["PYTHONWARNINGS"] = "ignore"

@@ -14,8 +14,8 @@ from rankd_pipeline.runtime.onnx_export import SIGNATURE_KEY
 from rankd_pipeline.runtime.signature import ModelSignature, TensorSpec
 from rankd_pipeline.settings import Settings
 from rankd_pipeline.spec import PipelineSpec
-from rankd_pipeline.steps.chain import CHAIN, GATED
-from rankd_pipeline.steps.runner import open_store, recipe_of
+from rankd_pipeline.steps.chain import CHAIN, GATED, STEPS
+from rankd_pipeline.steps.runner import inputs_of, open_store, recipe_of, resolve
 from rankd_pipeline.store.artifact import Artifact, Draft
 
 PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")
@@ -23,18 +23,48 @@ HISTORY = [{"epoch": 1, "epochs": 2, "train": 0.9, "validation": 0.8}, {"epoch":
 
 
 def plant(
-    spec: PipelineSpec, current: Settings, verdicts: Mapping[str, str] | None = None, upto: str = "deployment", score: float = 0.7
-) -> dict[str, Artifact]:
-    """Publish the chain of `spec` up to a step; `verdicts` plants others than "pass"."""
+    spec: PipelineSpec, current: Settings, verdicts: Mapping[str, str] | None = None, upto: str = "deployment", score: float = 0.7,
+    model: Path | None = None,
+) -> dict[str, Artifact]:  # fmt: skip
+    """Publish the chain of `spec` up to a step; `verdicts` plants others than "pass"; model: an ONNX file that really works."""
     store, made = open_store(current), {}
     for info in CHAIN:
         inputs = {name: made[name] for name in info.inputs}
         draft = store.draft(recipe_of(info.name, spec, inputs))
-        fill(draft, spec, (verdicts or {}).get(info.name, "pass"), score)
+        fill(draft, spec, (verdicts or {}).get(info.name, "pass"), score, model)
         made[info.name] = store.publish(draft, inputs)
         if info.name == upto:
             break
     return made
+
+
+def plant_redistilled(
+    spec: PipelineSpec, current: Settings, generation: int = 2, score: float = 0.7, model: Path | None = None
+) -> dict[str, Artifact]:
+    """Publish the chain of a re-distillation, with everything but its shadow run."""
+    store, made = open_store(current), {}
+    for step in STEPS:
+        inputs = inputs_of(step, spec, store)
+        draft = store.draft(recipe_of(step, spec, inputs))
+        fill(draft, spec, "pass", score, model)
+        draft.metrics["generation"] = generation
+        made[step] = store.publish(draft, inputs)
+    return made
+
+
+def plant_shadow_run(spec: PipelineSpec, current: Settings, champion: Artifact, look: int = 1, **metrics: Any) -> Artifact:
+    """Publish the shadow run that the challenge of a planted re-distillation will ask for."""
+    store, site = open_store(current), spec.site
+    assert site is not None
+    found = {name: resolve(name, spec, store) for name in ("deployment", "corpus")}
+    inputs: dict[str, Any] = {
+        "deployment": found["deployment"], "champion": champion, "corpus": found["corpus"],
+        "telemetry": store.get(spec.pipeline, "telemetry", site.telemetry),
+    }  # fmt: skip
+    given = {"windows": [list(window) for window in site.windows], "look": look}
+    draft = store.draft(recipe_of("shadow_run", spec, inputs, given))
+    draft.metrics.update({"promote": True, "reason": "better: planted", **metrics})
+    return store.publish(draft, inputs)
 
 
 def gate(verdict: str) -> dict[str, Any]:
@@ -45,7 +75,7 @@ def gate(verdict: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def fill(draft: Draft, spec: PipelineSpec, verdict: str, score: float) -> None:
+def fill(draft: Draft, spec: PipelineSpec, verdict: str, score: float, model: Path | None = None) -> None:
     """The files and metrics that the steps after this one, and Dagster, look at."""
     step = draft.recipe.step
     (draft.out / "data.json").write_text(json.dumps({"step": step, "seed": spec.seed}))
@@ -60,8 +90,9 @@ def fill(draft: Draft, spec: PipelineSpec, verdict: str, score: float) -> None:
         (draft.out / "figures").mkdir(exist_ok=True)
         (draft.out / "figures" / "reliability.png").write_bytes(PNG)
     if step == "deployment":
-        save_model(draft.scratch / "model.onnx", scale=score)
-        write_bundle(draft.out / "bundle", {MODEL: draft.scratch / "model.onnx"}, {"recipe": draft.recipe.digest}, "<p>toy</p>")
+        toy = draft.scratch / "model.onnx"
+        save_model(toy, scale=score)
+        write_bundle(draft.out / "bundle", {MODEL: model or toy}, {"recipe": draft.recipe.digest}, "<p>toy</p>")
         draft.metrics.update(score=score, test_data="planted")
 
 

@@ -7,12 +7,11 @@ import pytest
 from rankd_pipeline.errors import RankdError
 from rankd_pipeline.settings import Settings
 from rankd_pipeline.spec import PipelineSpec, SiteData, load_pipeline
-from rankd_pipeline.steps.chain import STEPS
 from rankd_pipeline.steps.promotion import challenge, promote
-from rankd_pipeline.steps.runner import inputs_of, open_store, recipe_of, resolve
+from rankd_pipeline.steps.runner import open_store, resolve
 from rankd_pipeline.store.artifact import Artifact, Recipe
 from rankd_pipeline.store.ledger import Ledger, open_ledger
-from rankd_pipeline_tests.orchestration.planted import fill, plant
+from rankd_pipeline_tests.orchestration.planted import plant, plant_redistilled, plant_shadow_run
 
 PIPELINE = "beam_management"
 CONFIG = load_pipeline(PIPELINE)
@@ -35,28 +34,8 @@ def redistilled(home: Settings, number: int = 0) -> PipelineSpec:
     (draft.out / "windows.json").write_text("[]")
     telemetry = store.publish(draft, {})
     spec = CONFIG.at(site=SiteData(telemetry=telemetry.recipe, windows=WINDOWS, start=start.recipe))
-    for step in STEPS:
-        inputs = inputs_of(step, spec, store)
-        draft = store.draft(recipe_of(step, spec, inputs))
-        fill(draft, spec, "pass", 0.7 + number / 100)
-        draft.metrics["generation"] = number + 2
-        store.publish(draft, inputs)
+    plant_redistilled(spec, home, number + 2, 0.7 + number / 100)
     return spec
-
-
-def shadowed(home: Settings, spec: PipelineSpec, champion: Artifact, look: int = 1, **metrics: Any) -> Artifact:
-    """The shadow run that `challenge` will ask for."""
-    store = open_store(home)
-    found = {name: resolve(name, spec, store) for name in ("deployment", "corpus")}
-    assert spec.site is not None
-    inputs: dict[str, Any] = {
-        "deployment": found["deployment"], "champion": champion, "corpus": found["corpus"],
-        "telemetry": store.get(PIPELINE, "telemetry", spec.site.telemetry),
-    }  # fmt: skip
-    given = {"windows": [list(window) for window in WINDOWS], "look": look}
-    draft = store.draft(recipe_of("shadow_run", spec, inputs, given))
-    draft.metrics.update({"promote": True, "reason": "better: planted", **metrics})
-    return store.publish(draft, inputs)
 
 
 def events(ledger: Ledger) -> list[tuple[str, int]]:
@@ -76,7 +55,7 @@ def test_a_redistilled_deployment_waits_for_its_shadow_run(home: Settings) -> No
 def test_better_is_promoted_and_anything_else_refused_with_its_reason(home: Settings, better: bool) -> None:
     first = served(home)
     spec = redistilled(home)
-    shadowed(home, spec, first, promote=better, reason="because of this")
+    plant_shadow_run(spec, home, first, promote=better, reason="because of this")
     artifact, entry = challenge(spec, open_store(home), home, "run-2")
     ledger = open_ledger(home, PIPELINE)
     assert (entry.event, entry.reason, entry.version) == ("champion" if better else "refused", "because of this", 2)
@@ -88,7 +67,7 @@ def test_better_is_promoted_and_anything_else_refused_with_its_reason(home: Sett
 def test_the_decision_is_made_once_however_often_it_is_asked(home: Settings) -> None:
     first = served(home)
     spec = redistilled(home)
-    shadowed(home, spec, first)
+    plant_shadow_run(spec, home, first)
     for _ in range(3):
         assert challenge(spec, open_store(home), home, "again")[1].event == "champion"
     assert events(open_ledger(home, PIPELINE)) == [("registered", 1), ("champion", 1), ("registered", 2), ("champion", 2)]
@@ -100,11 +79,11 @@ def test_each_refused_challenger_makes_the_next_look_dearer(home: Settings) -> N
     for number in range(2):
         assert ledger.look() == number + 1
         spec = redistilled(home, number)
-        shadowed(home, spec, first, look=number + 1, promote=False, reason="not proven better")
+        plant_shadow_run(spec, home, first, look=number + 1, promote=False, reason="not proven better")
         challenge(spec, open_store(home), home, None)
     assert ledger.look() == 3
     spec = redistilled(home, 2)
-    shadowed(home, spec, first, look=3)
+    plant_shadow_run(spec, home, first, look=3)
     assert challenge(spec, open_store(home), home, None)[1].event == "champion"
     assert ledger.look() == 1, "a new champion is looked at for the first time"
 
@@ -116,7 +95,7 @@ def test_a_challenger_is_not_promoted_over_a_champion_that_it_was_not_compared_w
     older = plant(CONFIG.at("laptop", 5), home, score=0.9)["deployment"]
     ledger = open_ledger(home, PIPELINE)
     spec = redistilled(home)
-    shadowed(home, spec, first)
+    plant_shadow_run(spec, home, first)
     decide = Ledger.decide
 
     def meanwhile(self: Ledger, *arguments: Any, **options: Any) -> Any:
