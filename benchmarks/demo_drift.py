@@ -117,18 +117,20 @@ def run(options: argparse.Namespace, current: Settings) -> None:
         decided = demo.wait("decided", lambda: _decided(demo, last), 3600)
         demo.say(f"v{decided.version}: {decided.event}, {decided.reason}")
         took = time.monotonic() - shifted
-        demo.deliver(demo.field(AFTER_HOURS, options.rows // 2, options.shift))
-        demo.wait("the new champion is judged", lambda: _served(demo.report(), AFTER_HOURS), 300)
+        demo.deliver(demo.field(AFTER_HOURS, options.rows, options.shift))
+        demo.wait("the new champion is judged", lambda: _all_judged(demo.report(), CALM_HOURS + options.hours + AFTER_HOURS), 300)
     outcome = measure(demo, champion)
     outcome |= {
         "seconds_from_shift_to_decision": took, "detected_after_s": demo.seen["detected"] - shifted, "event": decided.event,
         "reason": decided.reason, "load_average": os.getloadavg()[2],
     }  # fmt: skip
+    outcome["labelled_rows"] = {name: mean for name, (_, _, mean) in phases(demo).items()}
     (current.home / "demo.json").write_text(json.dumps(outcome, indent=1) + "\n")
-    (current.home / "demo.png").write_bytes(picture(demo))
+    (current.home / "demo.png").write_bytes(picture(demo, decided.event))
     demo.say(f"from shift to decision: {took:.0f} s (detected after {outcome['detected_after_s']:.0f} s)")
     for name in ("before", "during", "after", "lost", "gain"):
         demo.say(f"{name}: {outcome[name]['value']:.4f} [{outcome[name]['ci95'][0]:.4f}, {outcome[name]['ci95'][1]:.4f}]")
+    demo.say(f"on the labelled rows of the field: {outcome['labelled_rows']}")
     demo.say(f"regained: {outcome['regained']:.0%} of what the shift had cost; plot: {current.home / 'demo.png'}")
 
 
@@ -191,12 +193,10 @@ def _decided(demo: Demo, known: int) -> Entry | None:
     return next((entry for entry in demo.ledger.entries()[known:] if entry.event in ("champion", "refused")), None)
 
 
-def _served(report: Mapping[str, Any] | None, hours: int) -> bool:
-    """Whether the last hours were decided by the present champion and have been judged."""
-    windows = report["windows"] if report is not None else []
-    return len(windows) >= hours and all(
-        window.get("own_share", 0) > 0.9 and window["state"] == "judged" for window in windows[-hours:]
-    )
+def _all_judged(report: Mapping[str, Any] | None, windows: int) -> bool:
+    """Whether all windows are in the report, and the last ones were held against what is normal now."""
+    found = report["windows"] if report is not None else []
+    return len(found) >= windows and all(window["state"] == "judged" for window in found[-AFTER_HOURS:])
 
 
 # -- the scores -------------------------------------------------------------------------------------------------------------------
@@ -234,7 +234,20 @@ def measure(demo: Demo, first: Entry) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def picture(demo: Demo) -> bytes:
+def phases(demo: Demo) -> dict[str, tuple[int, int, float]]:
+    """(first window, end, mean score of the labelled rows) before the shift, during it, and after the decision."""
+    report = demo.report()
+    assert report is not None
+    ends = [0, CALM_HOURS, len(report["windows"]) - AFTER_HOURS, len(report["windows"])]
+    found = {}
+    for name, start, end in zip(("before", "during", "after"), ends, ends[1:], strict=False):
+        quality = [window["quality"] for window in report["windows"][start:end]]
+        weights = [item["labelled"] for item in quality]
+        found[name] = (start, end, float(np.average([item["score"] for item in quality], weights=weights)))
+    return found
+
+
+def picture(demo: Demo, event: str) -> bytes:
     """Score of each window on its labelled rows: before, during and after."""
     report = demo.report()
     assert report is not None
@@ -249,14 +262,15 @@ def picture(demo: Demo) -> bytes:
     )
     classical = [window["quality"]["baseline"] for window in windows]
     axes.plot(at, classical, color=GOOD, linestyle="--", linewidth=1.0, label="classical method")
-    shifted = next((i for i, window in enumerate(windows) if window.get("action") == "redistill"), None)
-    served = len(windows) - AFTER_HOURS
-    for where, text, colour in ((shifted, f"shift: {demo.options.shift}", BAD), (served, "new champion", GOOD)):
-        if where is not None:
-            axes.axvline(where - 0.5, color=colour, linewidth=1.0)
-            axes.annotate(
-                text, (where - 0.5, axes.get_ylim()[1]), xytext=(3, -10), textcoords="offset points", fontsize=7, color=colour
-            )
+    after = "new champion" if event == "champion" else "challenger refused"
+    for where, text, colour in ((CALM_HOURS, f"shift: {demo.options.shift}", BAD), (len(windows) - AFTER_HOURS, after, GOOD)):
+        axes.axvline(where - 0.5, color=colour, linewidth=1.0)
+        axes.annotate(
+            text, (where - 0.5, axes.get_ylim()[1]), xytext=(3, -10), textcoords="offset points", fontsize=7, color=colour
+        )  # fmt: skip
+    for name, (start, end, mean) in phases(demo).items():
+        axes.hlines(mean, start - 0.5, end - 0.5, color=GOOD if name == "after" else ACCENT, linewidth=3.0, alpha=0.35)
+        axes.annotate(f"{mean:.3f}", (start - 0.5, mean), xytext=(3, 4), textcoords="offset points", fontsize=7)
     axes.set_xlabel("hour of the field")
     axes.set_ylabel(load_function(demo.config.function).metric.name)
     axes.legend(loc="lower right")

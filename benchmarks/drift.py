@@ -123,7 +123,7 @@ def detection(options: argparse.Namespace) -> None:
 
     found = map_processes(window_job, jobs, settings().workers, told)
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"drift_detection_{options.pipeline}.md"
+    path = RESULTS / "drift_detection.md"
     path.write_text(detection_page(function, found, options, {**DEFAULT_ACTIONS, **config.at().steps.drift_report.causes}))
     print(path.read_text())
 
