@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 INK, GRID, ACCENT, SECOND, GOOD, BAD = "#1f2933", "#dde3e8", "#1f6feb", "#e07b00", "#2e8b57", "#c0392b"
 # Networks have their own colour in every picture; baselines take the muted ones in order.
 _FIXED = {"teacher": ACCENT, "student": SECOND, "student_scratch": "#f2b673", "student_int8": "#a85a00"}
-_MUTED = ("#6b7785", "#2e8b57", "#8e6bb0", "#b05a6b", "#4aa3a2", "#9a8f3c")
+_MUTED = ("#6b7785", "#2e8b57", "#8e6bb0", "#b05a6b", "#4aa3a2", "#9a8f3c", "#3f5d7d", "#d6729f", "#7a4b2a", "#111111")
 _WRITTEN = {"knn": "kNN", "los": "LoS", "nlos": "NLoS"}
 CAPTIONS = {
     "reliability": "Reliability on the test set, before and after calibration",
