@@ -230,6 +230,89 @@ def _eager_p50_us(module, samples: dict[str, np.ndarray], calls: int = 3000) -> 
     return statistics.median(times[calls // 5 :]) / 1000
 
 
+def estimation() -> list[Row]:
+    """Channel estimation: its corpus against plain Sionna, and the student's generated C against PyTorch eager at 4 and 24 PRB."""
+    return [_estimation_corpus(), *(_estimation_call(variant, blocks) for variant, blocks in (("default", 4), ("prb24", 24)))]
+
+
+def _estimation_corpus(slots: int = 1024) -> Row:
+    """Slots/s on one thread, TDL-C, one antenna: ours gives every user a delay spread and speed of its own, and the bound's
+    statistics; plain Sionna draws all from one model, as its tutorial on PUSCH does."""
+    import torch
+    from sionna.phy.channel import OFDMChannel
+    from sionna.phy.channel.tr38901 import TDL
+    from sionna.phy.nr import PUSCHConfig, PUSCHLSChannelEstimator, PUSCHTransmitter
+
+    from rankd_pipeline.ran_functions.channel_estimation.config import BandConfig, ChannelCorpusConfig, ProfileConfig
+    from rankd_pipeline.ran_functions.channel_estimation.simulate import plan_shards, simulate_shard
+
+    torch.set_num_threads(1)
+    ours_cfg = ChannelCorpusConfig(
+        profiles=(ProfileConfig(name="a", model="TDL-C"),), bands=(BandConfig(ghz=3.5),), receive_antennas=(1, 1),
+        seen_slots=slots, heldout_profile_slots=0, heldout_band_slots=0,
+    )  # fmt: skip
+    shards = plan_shards(ours_cfg, 0)
+    cfg = PUSCHConfig()
+    cfg.carrier.n_size_grid, cfg.carrier.subcarrier_spacing = 4, 30
+    cfg.dmrs.additional_position, cfg.dmrs.num_cdm_groups_without_data = 1, 2
+    transmitter = PUSCHTransmitter(cfg)
+    estimator = PUSCHLSChannelEstimator(transmitter.resource_grid, 1, 1, 2, interpolation_type="nn")
+    model = TDL("C", 100e-9, 3.5e9, min_speed=1.0, max_speed=33.0)
+    link = OFDMChannel(model, transmitter.resource_grid, normalize_channel=True, return_channel=True)
+
+    def ours() -> float:
+        started = time.perf_counter()
+        made = sum(simulate_shard(ours_cfg, shard).features.num_rows for shard in shards)
+        return made / (time.perf_counter() - started)
+
+    def plain(batch: int) -> float:
+        count = max(1, slots // batch)
+        started = time.perf_counter()
+        for _ in range(count):
+            received, _ = link(transmitter(batch)[0], 0.1)
+            estimator(received, 0.1)
+        return batch * count / (time.perf_counter() - started)
+
+    best = max((32, 128, 512), key=plain)
+    a, b, ratio = alternate(ours, lambda: plain(best), 3)
+    return Row(
+        "channel estimation corpus, slots/s", f"{a:,.0f}", f"{b:,.0f} (plain Sionna, one model, batch {best})", ratio, "", None
+    )
+
+
+def _estimation_call(variant: str, blocks: int) -> Row:
+    import torch
+
+    from rankd_pipeline.ran_functions.channel_estimation.function import ChannelEstimation
+    from rankd_pipeline.runtime.c_export import generate_c
+    from rankd_pipeline.runtime.latency import Candidate, LatencyConfig, profile
+    from rankd_pipeline.runtime.onnx_export import export_onnx
+    from rankd_pipeline.spec import load_pipeline
+
+    function, spec = ChannelEstimation(), load_pipeline("channel_estimation").at("laptop", variant=variant)
+    config = function.corpus_config(spec.steps.corpus.simulation)
+    torch.manual_seed(0)
+    module = function.deployable(function.student(config, spec.students["filter_bank"].network), {"radius": 1.6449}).eval()
+    signature = function.signatures(config, 100.0)[0]
+    generator = np.random.default_rng(0)
+    samples = {
+        "ls": generator.normal(size=(512, *signature.inputs[0].shape)).astype(np.float32),
+        "noise_variance": generator.uniform(0.01, 1.0, 512).astype(np.float32),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        export_onnx(module, signature, work / "m.onnx", {})
+        race = profile(
+            [Candidate(runtime="c", engine="c", path=work / "m.onnx", csource=generate_c(work / "m.onnx", work / "g", "student"))],
+            signature, LatencyConfig(paced_runs=4_000, winner_runs=4_000, back_to_back_runs=4_000, max_seconds=30), samples,
+            work / "race",
+        )  # fmt: skip
+    tail = race.candidates[0].back_to_back
+    ours, eager = tail.p50_us if tail else float("nan"), _eager_p50_us(module, samples, 1000)
+    name = f"channel student call, {blocks} PRB, back to back p50, us"
+    return Row(name, f"{ours:.1f} (generated C)", f"{eager:.0f} (PyTorch eager)", ours / eager, "< 1", ours < eager)
+
+
 def memory(times: int = 10) -> list[Row]:
     """Peak resident memory of the whole process tree of `rankd run` with ten times the corpus, against the laptop corpus.
 
@@ -285,7 +368,7 @@ def _peak_bytes(arguments: list[str], home: str) -> int:
 
 
 COMPARISONS: dict[str, Callable[[], list[Row]]] = {
-    "training": training, "corpus": corpus, "latency": latency, "chain": chain, "memory": memory
+    "training": training, "corpus": corpus, "latency": latency, "estimation": estimation, "chain": chain, "memory": memory
 }  # fmt: skip
 
 

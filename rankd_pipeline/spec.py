@@ -72,9 +72,13 @@ class TeacherStep(_Strict):
 
 
 class ScorecardStep(_Strict):
-    """resamples: bootstrap resamples by drop. learned_baselines: fitted and printed beside the teacher."""
+    """resamples: bootstrap resamples by drop. learned_baselines: fitted and printed beside the teacher.
+
+    end_metric: the function's keywords of its end metric (channel estimation: decoding.DecodingConfig).
+    """
 
     resamples: int = Field(default=2000, ge=100)
+    end_metric: dict[str, Any] = {}
     learned_baselines: tuple[str, ...] = ()
 
 

@@ -15,6 +15,7 @@ from rankd_pipeline.audit.schema import ColumnSpec, CorpusSchema
 from rankd_pipeline.store.tensors import column_array
 
 NEIGHBOURS = 50
+COMPLEX_AXIS = "re_im"
 MIN_ROWS = 100
 RUN_SCORE = 6.0
 
@@ -277,11 +278,12 @@ def component_order(sample: Sample, spec: ColumnSpec, schema: CorpusSchema) -> l
     component has nearly the same profile. Where swapping two components of a site makes its correlation matrix clearly more
     like the rest's, the order is wrong.
     """
-    x = filled(sample.values[spec.name])
-    measured = (~np.isnan(sample.values[spec.name])).any(axis=1)
+    values = _magnitudes(sample.values[spec.name], spec)
+    x = filled(values)
+    measured = (~np.isnan(values)).any(axis=1)
     groups = [(n, r & measured) for n, r in sample.groups((schema.source_column, schema.site_column))]
     groups = [(n, r) for n, r in groups if r.sum() >= MIN_ROWS]
-    if len(groups) < 3 or spec.width > 256:
+    if len(groups) < 3 or values.shape[1] > 256:
         return []
     profiles = np.stack([_correlation(x[r]) for _, r in groups])
     even_units = hash64(sample.unit.astype(np.int64).view(np.uint64)[:, None]) % np.uint64(2) == 0
@@ -311,6 +313,15 @@ def component_order(sample: Sample, spec: ColumnSpec, schema: CorpusSchema) -> l
                 )
             )
     return found
+
+
+def _magnitudes(values: np.ndarray, spec: ColumnSpec) -> np.ndarray:
+    """[n, components]: of complex numbers (an axis `re_im`) the RMS at each place of the last axis. Phases are arbitrary, so
+    that real and imaginary parts can trade places unseen, and a line of sight that turns ties together what is loose elsewhere."""
+    if COMPLEX_AXIS not in spec.axes:
+        return values
+    tensor = values.reshape(len(values), -1, spec.shape[-1])
+    return np.sqrt((tensor**2).mean(axis=1))
 
 
 def _correlation(x: np.ndarray) -> np.ndarray:
@@ -442,16 +453,13 @@ def near_copies(sample: Sample, schema: CorpusSchema) -> list[Finding]:
     level = np.where(np.isnan(x), -np.inf, x).max(axis=1, keepdims=True)
     space = np.concatenate([filled(x), level], axis=1)
     _, index, counts = np.unique(unit, return_inverse=True, return_counts=True)
-    k = int(min(max(counts.max() + 1, 4), 40, len(space)))
-    distance, near = (np.asarray(a) for a in KDTree(space).query(space, k=k))
-    other = index[near] != index[:, None]
-    first = other.argmax(axis=1)
-    has = other.any(axis=1)
-    rows = np.arange(len(space))
-    d = np.where(has, distance[rows, first], np.inf) / np.sqrt(space.shape[1])
-    partner = index[near[rows, first]]
-    usual = np.median(d[np.isfinite(d)])
-    close = has & (d < 0.9 * usual)
+    if len(counts) < 2:
+        return []
+    near = _nearest_elsewhere(space, index)
+    d = np.sqrt(((space - space[near]) ** 2).mean(axis=1))
+    partner = index[near]
+    usual = np.median(d)
+    close = d < 0.9 * usual
     pair = np.stack([np.minimum(index, partner), np.maximum(index, partner)], axis=1)[close]
     if not len(pair):
         return []
@@ -493,6 +501,25 @@ def near_copies(sample: Sample, schema: CorpusSchema) -> list[Finding]:
                 next_step="remove the copies, then split again",
             )
         )
+    return found
+
+
+def _nearest_elsewhere(space: np.ndarray, unit: np.ndarray, rows_at_once: int = 256) -> np.ndarray:
+    """The nearest row [n] of another unit of each row of space [n, d]. By matrix products over all pairs: in tens of dimensions
+    a tree looks at them all as well, and slower."""
+    order = np.argsort(unit, kind="stable")
+    points, of = space[order], unit[order]
+    first, last = np.searchsorted(of, of, side="left"), np.searchsorted(of, of, side="right")
+    half = 0.5 * (points**2).sum(axis=1)
+    near = np.empty(len(points), np.int64)
+    for start in range(0, len(points), rows_at_once):
+        part = slice(start, start + rows_at_once)
+        far = half - points[part] @ points.T
+        for row, (low, high) in enumerate(zip(first[part], last[part], strict=True)):
+            far[row, low:high] = np.inf
+        near[part] = far.argmin(axis=1)
+    found = np.empty_like(near)
+    found[order] = order[near]
     return found
 
 

@@ -249,6 +249,17 @@ class RanFunction(ABC):
         out here instead of predicting sample by sample.
         """
 
+    def end_metric(
+        self, cfg: Any, models: Mapping[str, Predictor], features: Arrays, truth: Arrays, split: str, options: Mapping[str, Any],
+        seed: int, on_progress: Callable[[int, int], None],
+    ) -> "pd.DataFrame | None":  # fmt: skip
+        """Rows of the metric that the estimates serve in the end (blocks lost in a decoder), or None where `evaluate` says it all.
+
+        Dear to compute, so only the scorecard and the deployment ask, and for a baseline only once: the same models on the
+        same samples, options and seed give the same rows.
+        """
+        return None
+
     # -- the field ------------------------------------------------------------------------------------------------
     shifts: ClassVar[Mapping[str, Shift]] = {}
     """Ways in which this function's field can change, by name; `rankd field` plays them."""
@@ -278,6 +289,10 @@ class RanFunction(ABC):
 
     def figures(self, models: Mapping[str, Predictor], features: Arrays, truth: Arrays) -> Iterator[tuple[str, bytes]]:
         """Extra pictures for the report as (caption, PNG)."""
+        return iter(())
+
+    def table_figures(self, table: "pd.DataFrame") -> Iterator[tuple[str, bytes]]:
+        """Pictures drawn from the evaluation table of a judging step, as (name, PNG)."""
         return iter(())
 
     def example_rows(self, cfg: Any) -> "str | None":

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 INK, GRID, ACCENT, SECOND, GOOD, BAD = "#1f2933", "#dde3e8", "#1f6feb", "#e07b00", "#2e8b57", "#c0392b"
 # Networks have their own colour in every picture; baselines take the muted ones in order.
-_FIXED = {"teacher": ACCENT, "student": SECOND, "student_scratch": "#f2b673", "student_int8": "#a85a00"}
+_FIXED = {"teacher": ACCENT, "student": SECOND, "shipped": SECOND, "student_scratch": "#f2b673", "student_int8": "#a85a00"}
 _MUTED = ("#6b7785", "#2e8b57", "#8e6bb0", "#b05a6b", "#4aa3a2", "#9a8f3c", "#3f5d7d", "#d6729f", "#7a4b2a", "#111111")
 _WRITTEN = {"knn": "kNN", "los": "LoS", "nlos": "NLoS"}
 CAPTIONS = {
@@ -63,7 +63,11 @@ def scorecard_figures(
     if raw is not None and calibrated is not None:
         pictures["reliability"] = reliability_diagram(raw, calibrated)
     for metric in function.secondary_metrics:
-        if not metric.is_rate and not select(table, model=models[0], split="test", metric=metric.name).empty:
+        if (
+            not metric.is_rate
+            and metric.aggregate == "mean"
+            and not select(table, model=models[0], split="test", metric=metric.name).empty
+        ):
             pictures[f"{metric.name}_cdf"] = sample_cdf(table, metric, models, "test")
     headline = function.metric
     pictures[f"{headline.name}_by_split"] = scores_by_split(table, headline, models, splits)

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from rankd_pipeline.evaluation.gates import best_baseline, verdict_of
-from rankd_pipeline.evaluation.table import write_table
+from rankd_pipeline.evaluation.table import concat_tables, write_table
 from rankd_pipeline.ran_functions.contract import Baseline, Predictor
 from rankd_pipeline.report import figures
 from rankd_pipeline.steps.data import (
@@ -21,6 +21,7 @@ from rankd_pipeline.steps.data import (
 from rankd_pipeline.steps.runner import StepContext
 from rankd_pipeline.steps.scoring import (
     calibration_of,
+    end_metric_of,
     evaluate_splits,
     fitted_calibration,
     headline,
@@ -50,7 +51,11 @@ def calibration_scorecard(ctx: StepContext) -> None:
         **rivals,
     }
     splits = present_splits(corpus)
-    table = evaluate_splits(ctx, corpus, models, splits, ["teacher", RAW, SCRATCH], baselines)
+    judged = {name: model for name, model in models.items() if name not in (RAW, SCRATCH)}
+    table = concat_tables([
+        evaluate_splits(ctx, corpus, models, splits, ["teacher", RAW, SCRATCH], baselines),
+        *end_metric_of(ctx, corpus, judged, baselines),
+    ])  # fmt: skip
     write_table(table, ctx.out / "evaluation.parquet")
     ctx.write_json("scores.json", score_table(ctx, table, list(models), splits))
     plain = [item.name for item in baselines if not item.learned and item.gate]
@@ -152,5 +157,5 @@ def _draw(ctx: StepContext, table: pd.DataFrame, models: dict[str, Predictor], s
     features, truth = evaluation_data(ctx.function, ctx.inputs["corpus"], "test")
     for name, picture in figures.scorecard_figures(ctx.function, table, splits, [name for name in models if name != RAW]).items():
         (folder / f"{name}.png").write_bytes(picture)
-    for name, picture in ctx.function.figures(models, features, truth):
+    for name, picture in (*ctx.function.figures(models, features, truth), *ctx.function.table_figures(table)):
         (folder / f"{name}.png").write_bytes(picture)

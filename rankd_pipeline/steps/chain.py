@@ -59,7 +59,8 @@ CHAIN: tuple[StepInfo, ...] = (
              ("corpus", "audit_report", "oracle_labels", "teacher", "calibration_scorecard", "soft_labels", "student",
               "quantized_onnx", "latency_profile"), "14",
              ("baselines", "metrics"), ("onnxruntime",), ("calibration_scorecard", "quantized_onnx", "latency_profile"),
-             reads=("corpus.simulation", "latency_profile.budget_us", "calibration_scorecard.resamples")),
+             reads=("corpus.simulation", "latency_profile.budget_us", "calibration_scorecard.resamples",
+                    "calibration_scorecard.end_metric")),
 )  # fmt: skip
 
 STEPS: dict[str, StepInfo] = {info.name: info for info in CHAIN}

@@ -1,6 +1,7 @@
 """Step 11: the bundle: the very file that was profiled, proven better than the classical method, with its lineage."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from rankd_pipeline.evaluation.gates import verdict_of
-from rankd_pipeline.evaluation.table import write_table
-from rankd_pipeline.ran_functions.contract import Predictor
+from rankd_pipeline.evaluation.table import concat_tables, read_table, write_table
+from rankd_pipeline.ran_functions.contract import Baseline, Predictor
 from rankd_pipeline.report.page import render_model_card
 from rankd_pipeline.runtime.bundle import MODEL, load_bundle, python_caller, write_bundle
 from rankd_pipeline.runtime.onnx_export import read_metadata, read_signature
@@ -18,7 +19,7 @@ from rankd_pipeline.steps.data import present_splits
 from rankd_pipeline.steps.promotion import SHIPPED
 from rankd_pipeline.steps.quantized_onnx import model_file
 from rankd_pipeline.steps.runner import StepContext
-from rankd_pipeline.steps.scoring import evaluate_splits, headline, judge_gates, score_table
+from rankd_pipeline.steps.scoring import end_metric_of, evaluate_splits, headline, judge_gates, score_table
 from rankd_pipeline.steps.summary import figures_of, summarise, tables_of
 from rankd_pipeline.store.artifact import sha256_file
 from rankd_pipeline.store.lineage import write_lineage
@@ -55,6 +56,7 @@ def _judge(ctx: StepContext, predictor: Any) -> None:
     }
     splits = present_splits(corpus)
     table = evaluate_splits(ctx, corpus, models, splits, [SHIPPED], baselines)
+    table = concat_tables([table, *_end_metric(ctx, models[SHIPPED], baselines)])
     write_table(table, ctx.out / "evaluation.parquet")
     ctx.write_json("scores.json", score_table(ctx, table, list(models), splits))
     resamples = ctx.spec.steps.calibration_scorecard.resamples
@@ -66,6 +68,24 @@ def _judge(ctx: StepContext, predictor: Any) -> None:
         gates=[gate.model_dump(mode="json") for gate in gates], verdict=verdict_of(gates),
         reason="; ".join(gate.sentence() for gate in gates if gate.verdict != "pass"),
     )  # fmt: skip
+    _draw(ctx, table)
+
+
+def _end_metric(ctx: StepContext, shipped: Predictor, baselines: Sequence[Baseline]) -> list[pd.DataFrame]:
+    """The file's end metric beside the baselines', which is dear to compute: the scorecard has theirs, on the same samples."""
+    tables = end_metric_of(ctx, ctx.inputs["corpus"], {SHIPPED: shipped}, baselines)
+    if not tables:
+        return []
+    earlier = read_table(ctx.inputs["calibration_scorecard"].file("evaluation.parquet"))
+    known = earlier["model"].isin([item.name for item in baselines]) & earlier["metric"].isin(list(tables[0]["metric"].unique()))
+    return [*tables, earlier.loc[known]]
+
+
+def _draw(ctx: StepContext, table: pd.DataFrame) -> None:
+    folder = ctx.out / "figures"
+    for name, picture in ctx.function.table_figures(table):
+        folder.mkdir(exist_ok=True)
+        (folder / f"{name}.png").write_bytes(picture)
 
 
 def _about(ctx: StepContext, digest: str) -> dict[str, Any]:

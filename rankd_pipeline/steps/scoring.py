@@ -10,7 +10,7 @@ import torch
 from rankd_pipeline.distillation.heads import Calibration
 from rankd_pipeline.evaluation.bootstrap import Estimate, estimate
 from rankd_pipeline.evaluation.gates import Gate, GateResult, evaluate_gate
-from rankd_pipeline.evaluation.table import concat_tables
+from rankd_pipeline.evaluation.table import concat_tables, select
 from rankd_pipeline.evaluation.terms import split_term
 from rankd_pipeline.ran_functions.contract import Arrays, Baseline, Metric, Predictor
 from rankd_pipeline.steps.data import evaluation_data, features_of, labels_for, split_is
@@ -51,6 +51,19 @@ def evaluate_splits(
         seen = with_own_measurements(baselines, features, truth)
         tables.append(ctx.function.evaluate(models, seen, truth, split, frozenset(calibrated)))
     return concat_tables(tables)
+
+
+def end_metric_of(
+    ctx: StepContext, corpus: Artifact, models: Mapping[str, Predictor], baselines: Sequence[Baseline]
+) -> list[pd.DataFrame]:
+    """The table of the function's end metric for these models on the test split; nothing where it has none."""
+    features, truth = evaluation_data(ctx.function, corpus, "test")
+    table = ctx.function.end_metric(
+        ctx.corpus_config, models, with_own_measurements(baselines, features, truth), truth, "test",
+        ctx.spec.steps.calibration_scorecard.end_metric, derive_seed(ctx.spec.seed, "end metric") % 2**32,
+        lambda done, total: ctx.progress(done, total, "end metric"),
+    )  # fmt: skip
+    return [] if table is None else [table]
 
 
 def judge_gates(
@@ -108,6 +121,8 @@ def score_table(ctx: StepContext, table: pd.DataFrame, models: Sequence[str], sp
     for model in models:
         for split in splits:
             for metric in (ctx.function.metric, *ctx.function.secondary_metrics):
+                if select(table, model=model, split=split, metric=metric.name).empty:
+                    continue  # an end metric is not asked of everyone everywhere
                 value = score_of(table, f"{model}@{split}", metric)
                 rows.append({"model": model, "split": split, "metric": metric.name, "unit": metric.unit, "value": value})
     return rows

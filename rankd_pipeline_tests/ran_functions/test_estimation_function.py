@@ -1,8 +1,12 @@
 """What the steps see of channel estimation: signature, metrics, the deployed file as a predictor, and reports as CSV."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from rankd_pipeline.distillation.heads import GAUSSIAN_90
 from rankd_pipeline.errors import RankdError
@@ -11,6 +15,9 @@ from rankd_pipeline.evaluation.table import parse_cell, select
 from rankd_pipeline.ran_functions.channel_estimation.config import ChannelCorpusConfig
 from rankd_pipeline.ran_functions.channel_estimation.function import DMRS, PILOTS_A_BLOCK, SYMBOLS, ChannelEstimation
 from rankd_pipeline.ran_functions.channel_estimation.metrics import evaluate_estimates
+from rankd_pipeline.runtime.bundle import MODEL, c_caller, python_caller
+from rankd_pipeline.runtime.c_export import compiler, generate_c
+from rankd_pipeline.runtime.onnx_export import export_onnx
 from rankd_pipeline.spec import load_pipeline
 
 FUNCTION = ChannelEstimation()
@@ -133,3 +140,38 @@ def test_both_sizes_of_allocation_are_in_the_yaml():
         for name, student in spec.students.items():
             model = FUNCTION.student(FUNCTION.corpus_config(spec.steps.corpus.simulation), student.network)
             assert sum(p.numel() for p in model.parameters()) <= 10_000, name
+
+
+@pytest.mark.parametrize("blocks", [4, 24])
+def test_callers_run_for_both_sizes_and_say_the_same(blocks, tmp_path):
+    """The Python and the C caller of a bundle: an LS estimate of ones in, a channel of the allocation's shape out."""
+    config = load_pipeline("channel_estimation").at("laptop", variant="default" if blocks == 4 else "prb24")
+    cfg = FUNCTION.corpus_config(config.steps.corpus.simulation)
+    signature = FUNCTION.signatures(cfg, 100.0)[0]
+    torch.manual_seed(0)
+    student = FUNCTION.student(cfg, config.students["filter_bank"].network)
+    export_onnx(FUNCTION.deployable(student, {"radius": GAUSSIAN_90}).eval(), signature, tmp_path / MODEL, {})
+    (tmp_path / "caller.py").write_text(python_caller(signature).replace("print(", "np.set_printoptions(threshold=10**6)\nprint("))
+    said = subprocess.run([sys.executable, str(tmp_path / "caller.py")], capture_output=True, text=True, check=True).stdout
+    values = np.array(said.removeprefix("channel").replace("[", " ").replace("]", " ").split(), float)
+    assert values.size == 2 * 14 * 12 * blocks and np.isfinite(values).all()
+    if compiler() is None:
+        return
+    source = generate_c(tmp_path / MODEL, tmp_path, "student")
+    text = c_caller(source, signature).replace(
+        "= {0};", "= {{{{1}}}};", 1
+    )  # some estimate, so that what comes back is not all zero
+    (tmp_path / "caller.c").write_text(text)
+    binary = tmp_path / "caller"
+    build = ["cc", "-O1", str(tmp_path / "caller.c"), str(source.source), "-lm", "-o", str(binary)]
+    subprocess.run(build, check=True, capture_output=True)
+    lines = subprocess.run([str(binary)], capture_output=True, text=True, check=True).stdout.split()
+    assert len(lines) == values.size and np.isfinite(np.array(lines, float)).all() and np.abs(np.array(lines, float)).max() > 0
+
+
+@pytest.mark.parametrize("shift", list(FUNCTION.shifts))
+def test_every_shift_changes_the_field_and_nothing_else(shift):
+    plain, shifted = FUNCTION.field_config(CFG, frozenset(), 100), FUNCTION.field_config(CFG, frozenset({shift}), 100)
+    assert plain != shifted and plain.seen_slots == shifted.seen_slots >= 44
+    assert {profile.family for profile in plain.profiles} == {"TDL", "CDL"} and [band.ghz for band in plain.bands] == [2.6]
+    FUNCTION.corpus_config(shifted.model_dump())

@@ -2,16 +2,24 @@
 where INT8 does not."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from rankd_pipeline.cli import rankd
 from rankd_pipeline.evaluation.table import read_table
+from rankd_pipeline.ran_functions.registry import load_function
 from rankd_pipeline.settings import settings
 from rankd_pipeline.spec import load_pipeline
 from rankd_pipeline.steps.chain import STEPS
 from rankd_pipeline.steps.runner import open_store, run_step
 from rankd_pipeline.steps.summary import reached, summarise
+from rankd_pipeline.steps.watch import report_drift, take_telemetry
+from rankd_pipeline.telemetry.contract import read_file, telemetry_schema
+from rankd_pipeline.telemetry.field import Play, play
 
 pytestmark = pytest.mark.xdist_group("estimation_chain")
 STUDENTS = ("filter_bank", "cnn")
@@ -86,3 +94,60 @@ def test_what_is_shipped_is_held_against_ls_in_every_cell(made):
     assert gates["low_snr"]["value"] < 0.0
     table = read_table(made[2]["deployment"].path / "evaluation.parquet")
     assert {"shipped", "ls_linear", "lmmse", "lmmse_true"} <= set(table["model"].astype(str))
+
+
+def test_blocks_are_counted_for_the_teacher_the_file_and_every_baseline(made):
+    """The baselines' are counted once; the deployment holds its file against the same blocks."""
+    _, spec, artifacts = made
+    tables = {step: read_table(artifacts[step].path / "evaluation.parquet") for step in ("calibration_scorecard", "deployment")}
+    lost = {step: table[table["metric"] == "block_error"] for step, table in tables.items()}
+    rules = {"ls_nearest", "ls_linear", "ls_time_average", "wiener", "lmmse", "lmmse_true"}
+    assert set(lost["calibration_scorecard"]["model"].astype(str)) == {"teacher"} | rules
+    assert set(lost["deployment"]["model"].astype(str)) == {"shipped"} | rules
+    asked = {f"snr_db={snr:g}" for snr in spec.steps.calibration_scorecard.end_metric["snr_db"]}
+    for table in lost.values():
+        assert set(table["cell"].astype(str)) == asked
+        assert len(set(table.groupby("model", observed=True)["n"].sum())) == 1
+    gates = {gate["name"]: gate for gate in artifacts["deployment"].metrics["gates"]}
+    assert gates["blocks"]["unit"] == "dB" and gates["blocks"]["ci95"] is not None
+    for step, network in (("calibration_scorecard", "teacher"), ("deployment", "shipped")):
+        names = {path.stem for path in (artifacts[step].path / "figures").glob("*.png")}
+        assert f"block_errors_of_the_{network}_and_the_baselines" in names and f"gain_of_the_{network}_over_LS_linear" in names
+
+
+def test_the_bundle_is_called_as_its_files_show(made, tmp_path):
+    """caller.py runs as it is shipped, and `rankd predict` takes a CSV of slots."""
+    _, spec, artifacts = made
+    bundle = artifacts["deployment"].path / "bundle"
+    said = subprocess.run([sys.executable, str(bundle / "caller.py")], capture_output=True, text=True, check=True).stdout
+    assert said.startswith("channel [[[[") and "nan" not in said
+    function = load_function(spec.function)
+    reports = tmp_path / "slots.csv"
+    reports.write_text(function.example_rows(function.corpus_config(spec.steps.corpus.simulation)))
+    done = CliRunner().invoke(rankd, ["predict", str(bundle), str(reports)], catch_exceptions=False)
+    assert done.exit_code == 0 and done.output.strip()
+
+
+def test_the_field_is_played_and_drift_names_what_moved(made, tmp_path, monkeypatch):
+    """Two calm hours are the reference, a third is judged calm; then the users drive, and then they are far out."""
+    _, spec, artifacts = made
+    monkeypatch.setenv("RANKD_HOME", str(tmp_path))
+    current = settings()
+    store, folder = open_store(current), current.telemetry_dir(spec.pipeline)
+    function = load_function(spec.function)
+    for hour, shifts in enumerate([(), (), (), ("fast",), ("macro",)]):
+        wanted = Play(artifacts["deployment"].path / "bundle", frozenset(shifts), 1, 140, 0.6, 0, 3600.0 * (480_000 + hour))
+        (path,) = play(function, spec.steps.corpus.simulation, 100.0, wanted, folder, 1)
+    cfg = function.corpus_config(spec.steps.corpus.simulation)
+    columns, left_out = read_file(path, telemetry_schema(function, cfg, 100.0))
+    assert left_out == 0 and columns["output"].shape[1:] == (2, 2, 14, 48) and (columns["output"][:, 1] > 0).all()
+    assert 0 < columns["has_label"].mean() < 1 and ((columns["confidence"] > 0) & (columns["confidence"] < 1)).all()
+    take_telemetry(spec, store, current)
+    report = report_drift(spec, store, current)
+    *reference, calm, fast, macro = json.loads(report.file("drift.json").read_text())["windows"]
+    assert [window["state"] for window in reference] == ["reference", "reference"]
+    # A busy host is a cause, too, and the truth about it.
+    named = [[item["cause"] for item in window["causes"] if item["cause"] != "slow_host"] for window in (calm, fast, macro)]
+    assert named == [[], ["doppler"], ["scenario"]]
+    assert calm["quality"]["score"] > 10 and calm["quality"]["gain"] is not None
+    assert macro["quality"]["score"] < calm["quality"]["score"]

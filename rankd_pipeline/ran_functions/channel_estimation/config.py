@@ -5,6 +5,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from rankd_pipeline.ran_functions.contract import Shift
+
 Model = Literal[
     "TDL-A", "TDL-B", "TDL-C", "TDL-D", "TDL-E", "CDL-A", "CDL-B", "CDL-C", "CDL-D", "CDL-E", "UMi", "UMa"
 ]  # fmt: skip
@@ -121,3 +123,51 @@ class ChannelCorpusConfig(_Strict):
         if self.heldout_band_slots and all(b.role == "train" for b in self.bands):
             raise ValueError("heldout_band_slots is set but no band has role heldout")
         return self
+
+
+# -- the field ------------------------------------------------------------------------------------------------------------
+SHIFTS: dict[str, Shift] = {
+    "fast": Shift("users drive at 100 to 120 km/h instead of walking", "doppler"),
+    "long_delays": Shift("delay spreads of 250 to 300 ns instead of 30 to 100: echoes from across a valley", "delay_spread"),
+    "cell_edge": Shift("the SNR is 10 dB lower", "power"),
+    "macro": Shift("the small cells become macro cells: long delays, and 10 dB less SNR", "scenario"),
+    "refarmed": Shift("the carrier moves from the lowest band to the highest", "refarmed_band"),
+    "new_site": Shift("half of the users are at new sites, with a strong line of sight", "new_site"),
+}
+SMALL_CELL = {"delay_spread_ns": (30.0, 100.0), "speed_kmh": (2.0, 4.0)}
+VALLEY_NS, DRIVING_KMH = (250.0, 300.0), (100.0, 120.0)
+NEAR_DB, FAR_DB = (5.0, 25.0), (-5.0, 15.0)
+
+
+def field_config(cfg: ChannelCorpusConfig, shifts: frozenset[str], rows: int) -> ChannelCorpusConfig:
+    """Small cells with walking users: the corpus' seen delay lines on its lowest training band, and what `shifts` do to them."""
+    seen = [profile for profile in cfg.profiles if profile.role == "seen"]
+    lines = [profile for profile in seen if profile.family in ("TDL", "CDL")] or seen
+    bands = sorted((band for band in cfg.bands if band.role == "train"), key=lambda band: band.ghz)
+    changes: dict = dict(SMALL_CELL)
+    if shifts & {"long_delays", "macro"}:
+        changes["delay_spread_ns"] = VALLEY_NS
+    if "fast" in shifts:
+        changes["speed_kmh"] = DRIVING_KMH
+    placed = [profile.model_copy(update=changes) for profile in lines]
+    if "new_site" in shifts:  # as many users as at all the others together
+        placed += [
+            ProfileConfig(name=f"skyline_{number}", model="TDL-E", **changes) for number in range(1, len(lines) + 1)
+        ]  # fmt: skip
+    highest = BandConfig(ghz=max(band.ghz for band in cfg.bands))
+    if "refarmed" in shifts and highest.ghz == bands[0].ghz:
+        highest = _default_bands()[-1]
+    antennas = sum(cfg.receive_antennas) / 2
+    return cfg.model_copy(
+        update={
+            "profiles": tuple(placed),
+            "bands": (highest.model_copy(update={"role": "train"}) if "refarmed" in shifts else bands[0],),
+            "snr_db": FAR_DB if shifts & {"cell_edge", "macro"} else NEAR_DB,
+            # A few more than asked for: how many antennas a drop has is chance.
+            "seen_slots": max(1, math.ceil(1.1 * rows / antennas)),
+            "heldout_profile_slots": 0,
+            "heldout_band_slots": 0,
+            "labelled_share": 1.0,
+            "split_shares": (1.0, 0.0, 0.0),
+        }
+    )

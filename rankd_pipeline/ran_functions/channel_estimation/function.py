@@ -1,7 +1,7 @@
 """Channel estimation for PUSCH: from the LS estimates on the DMRS to the channel on the whole slot, and its error."""
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from rankd_pipeline.audit.schema import ColumnSpec, CorpusSchema, LabelSpec
 from rankd_pipeline.errors import RankdError
-from rankd_pipeline.ran_functions.channel_estimation.config import ChannelCorpusConfig
+from rankd_pipeline.ran_functions.channel_estimation.config import SHIFTS, ChannelCorpusConfig, field_config
 from rankd_pipeline.ran_functions.contract import Arrays, Baseline, Metric, Predictor, RanFunction, Run
 from rankd_pipeline.runtime.signature import ModelSignature, TensorSpec
 from rankd_pipeline.spec import validated
@@ -35,6 +35,10 @@ class ChannelEstimation(RanFunction):
     name = "channel_estimation"
     title = "Channel estimation"
     metric = Metric("nmse", "dB", higher_is_better=False, is_rate=False, aggregate=f"cells_db({CELLS})")
+    secondary_metrics = (
+        # The SNR at which one block in ten is lost: where link adaptation works.
+        Metric("block_error", "dB", higher_is_better=False, is_rate=False, aggregate="crossing(0.1,snr_db)"),
+    )
     gap_baseline = "ls_linear"
     code_versions = {"simulate": "2", "labels": "2", "networks": "2", "baselines": "2", "metrics": "1"}
 
@@ -158,6 +162,11 @@ class ChannelEstimation(RanFunction):
 
         return predict
 
+    def answer(self, cfg: ChannelCorpusConfig, budget_us: float) -> TensorSpec:
+        """The estimate and the half width of its 90 % interval, as `deployed_predictor` returns them."""
+        channel = self.signatures(cfg, budget_us)[0].decision
+        return channel.model_copy(update={"axes": ("estimate_half_width", *channel.axes), "shape": (2, *channel.shape)})
+
     # -- judgement ------------------------------------------------------------------------------------------------
     def baselines(self, cfg: ChannelCorpusConfig) -> tuple[Baseline, ...]:
         from rankd_pipeline.ran_functions.channel_estimation import baselines
@@ -167,7 +176,7 @@ class ChannelEstimation(RanFunction):
     @property
     def evaluation_columns(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         return ("drop_id", "site", "band_ghz", "speed_kmh"), (
-            CHANNEL, "snr_db", "delay_spread_ns", "path_power", "path_delay_ns", "path_correlation",
+            CHANNEL, "slot_id", "antenna", "snr_db", "delay_spread_ns", "path_power", "path_delay_ns", "path_correlation",
         )  # fmt: skip
 
     def evaluate(
@@ -182,6 +191,35 @@ class ChannelEstimation(RanFunction):
         return concat_tables(
             evaluate_estimates(name, predict(features), channel, meta, name in calibrated) for name, predict in models.items()
         )
+
+    def end_metric(
+        self, cfg: ChannelCorpusConfig, models: Mapping[str, Predictor], features: Arrays, truth: Arrays, split: str,
+        options: Mapping[str, Any], seed: int, on_progress: Callable[[int, int], None],
+    ) -> "pd.DataFrame":  # fmt: skip
+        """Blocks lost through Sionna's LDPC chain, see `decoding`."""
+        from rankd_pipeline.ran_functions.channel_estimation.metrics import DecodingConfig, block_errors
+
+        sent = validated(DecodingConfig, dict(options), "steps.calibration_scorecard.end_metric")
+        return block_errors(models, features, truth, split, cfg, sent, seed, on_progress)
+
+    def table_figures(self, table: "pd.DataFrame") -> Iterator[tuple[str, bytes]]:
+        from rankd_pipeline.ran_functions.channel_estimation.pictures import all_pictures
+
+        return all_pictures(table)
+
+    # -- the field ------------------------------------------------------------------------------------------------
+    shifts = SHIFTS
+
+    def field_config(self, cfg: ChannelCorpusConfig, shifts: frozenset[str], rows: int) -> ChannelCorpusConfig:
+        return field_config(cfg, shifts, rows)
+
+    def field_context(self, cfg: ChannelCorpusConfig, features: Arrays, truth: Arrays) -> dict[str, np.ndarray]:
+        ghz = np.asarray(features["band_ghz"], np.float64)
+        return {
+            "delay_spread_ns": truth["delay_spread_ns"],
+            "doppler_hz": np.asarray(features["speed_kmh"]) / 3.6 * ghz * 1e9 / 299_792_458.0,
+            "snr_db": truth["snr_db"],
+        }
 
     # -- reports from a file ----------------------------------------------------------------------------------------
     def example_rows(self, cfg: ChannelCorpusConfig) -> str:

@@ -15,6 +15,9 @@ import pandas as pd
 
 from rankd_pipeline.errors import RankdError
 from rankd_pipeline.evaluation.table import format_cell, validate_table
+from rankd_pipeline.ran_functions.channel_estimation.decoding import DecodingConfig, block_errors
+
+__all__ = ["DecodingConfig", "block_errors", "cells", "evaluate_estimates", "ranges"]
 
 # Inner edges of the cells: 5 dB of SNR, a factor of 2.15 of delay spread, walking, town and road.
 SNR_EDGES_DB = (-5.0, 0.0, 5.0, 10.0, 15.0, 20.0, 25.0)
