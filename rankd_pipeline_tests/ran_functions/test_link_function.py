@@ -168,7 +168,8 @@ def test_the_report_is_the_one_of_every_function(made):
 
 def test_pictures_of_the_loop_are_in_the_report(made):
     drawn = {path.stem for path in (made[1]["calibration_scorecard"].path / "figures").glob("*.png")}
-    assert {"goodput_cdf_over_users", "bler_over_time", "reliability"} <= drawn
+    wanted = {"goodput_cdf_over_users", "bler_over_time", "reliability", "nack_bursts_by_length", "goodput_gain", "other_targets"}
+    assert wanted <= drawn
 
 
 def test_the_bundle_steps_through_a_link_and_takes_its_target_at_run_time(made):

@@ -235,3 +235,22 @@ def test_the_table_holds_one_row_a_user_and_metric(links):
     assert counts == {"goodput": 4, "goodput_p5": 4, "goodput_share": 4, "bler": 4, "nack_bursts": 4}
     assert table[table["metric"] == "bler"]["value"].between(0, 1).all()
     assert set(table["unit"]) == {7, 8, 9, 10} and (table["n"] == 60).all()
+
+
+def test_a_policy_takes_another_target_and_stays_itself(links):
+    """The same loop at 1 %: as one made for 1 %, and the first one is as it was; a genie has no target."""
+    traces = still(np.linspace(2, 26, 10), links, 60)
+    loops: tuple[tuple[Policy, Policy], ...] = (
+        (OuterLoop(links, 0.1, 0.3, 1.0), OuterLoop(links, 0.01, 0.3, 1.0)),
+        (
+            OuterLoopByDoppler(links, 0.1, (30.0,), np.array([0.1, 0.4]), 1.0),
+            OuterLoopByDoppler(links, 0.01, (30.0,), np.array([0.1, 0.4]), 1.0),
+        ),
+    )
+    for loop, strict in loops:
+        before = roll_out(traces, loop).mcs_NT
+        np.testing.assert_array_equal(roll_out(traces, loop.aiming_at(0.01)).mcs_NT, roll_out(traces, strict).mcs_NT)
+        np.testing.assert_array_equal(roll_out(traces, loop).mcs_NT, before)
+        assert roll_out(traces, strict).mcs_NT.mean() < before.mean()
+    with pytest.raises(RankdError, match="Genie has no BLER target"):
+        Genie().aiming_at(0.01)

@@ -262,12 +262,15 @@ class LinkAdaptation(RanFunction):
         )
 
     def figures(self, models: Mapping[str, Predictor], features: Arrays, truth: Arrays) -> Iterator[tuple[str, bytes]]:
-        """Goodput over users, BLER over time, and how each model settles after a jump of the SNR."""
-        from rankd_pipeline.ran_functions.link_adaptation.pictures import rollout_pictures
+        """Goodput over users, Doppler and report age; BLER over time and target; bursts; what follows a jump of the SNR."""
+        from rankd_pipeline.ran_functions.link_adaptation import pictures
 
         traces, _ = traces_of(features, truth)
         rollouts = {name: roll_out(traces, _policy(name, model)) for name, model in models.items() if name != "teacher_raw"}
-        yield from rollout_pictures(traces, rollouts)
+        yield from pictures.rollout_pictures(traces, rollouts)
+        first, rival = next(iter(models)), self.gap_baseline
+        yield "goodput_gain", pictures.gain_picture(traces, rollouts[first], rollouts[rival], (first, rival))
+        yield "other_targets", pictures.target_picture(traces, {name: _policy(name, models[name]) for name in (first, rival)})
 
     # -- the field ------------------------------------------------------------------------------------------------
     shifts = SHIFTS

@@ -58,6 +58,10 @@ class Policy(ABC):
     def choose(self, report: Report) -> Choice:
         """The MCS of the coming transmissions, from what arrived in this slot."""
 
+    def aiming_at(self, target: float) -> "Policy":
+        """The same method with another BLER target. Raises: RankdError where it has none."""
+        raise RankdError(f"link_adaptation: {type(self).__name__} has no BLER target.")
+
     def __call__(self, features: Mapping[str, np.ndarray]) -> np.ndarray:
         """What the policy says in every slot of logged windows [n, L, M], each window from a fresh start, in shadow mode:
         the BLER that it expects of every MCS."""
