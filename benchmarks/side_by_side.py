@@ -201,7 +201,7 @@ def latency() -> list[Row]:
                 f"student call, {kind.replace('_', ' ')} p50, us", f"{a:.2f} (generated C)", f"{b:.2f} (C by hand)", a / b, "", None
             )
         )
-    eager = _eager_p50_us(module, samples)
+    eager = eager_p50_us(module, samples)
     ours = figures["generated"].back_to_back.p50_us if figures["generated"].back_to_back else float("nan")
     rows.append(
         Row(
@@ -216,16 +216,18 @@ def latency() -> list[Row]:
     return rows
 
 
-def _eager_p50_us(module, samples: dict[str, np.ndarray], calls: int = 3000) -> float:
+def eager_p50_us(module, samples: dict[str, np.ndarray], calls: int = 3000) -> float:
+    """Median time of one call of a PyTorch module, samples one by one, one thread."""
     import torch
 
     torch.set_num_threads(1)
-    inputs = [{name: torch.from_numpy(value[i : i + 1]) for name, value in samples.items()} for i in range(512)]
+    count = len(next(iter(samples.values())))
+    inputs = [{name: torch.from_numpy(value[i : i + 1]) for name, value in samples.items()} for i in range(count)]
     times = []
     with torch.inference_mode():
         for i in range(calls):
             started = time.perf_counter_ns()
-            module(**inputs[i % 512])
+            module(**inputs[i % count])
             times.append(time.perf_counter_ns() - started)
     return statistics.median(times[calls // 5 :]) / 1000
 
@@ -367,8 +369,16 @@ def _peak_bytes(arguments: list[str], home: str) -> int:
     return peak
 
 
+def link() -> list[Row]:
+    """Link adaptation: the slot loop, and one call of the student."""
+    from benchmarks.link_adaptation import slot_loop, student_call
+
+    return [*slot_loop(), *student_call()]
+
+
 COMPARISONS: dict[str, Callable[[], list[Row]]] = {
-    "training": training, "corpus": corpus, "latency": latency, "estimation": estimation, "chain": chain, "memory": memory
+    "training": training, "corpus": corpus, "latency": latency, "estimation": estimation, "link": link, "chain": chain,
+    "memory": memory,
 }  # fmt: skip
 
 

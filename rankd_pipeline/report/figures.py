@@ -26,7 +26,6 @@ INK, GRID, ACCENT, SECOND, GOOD, BAD = "#1f2933", "#dde3e8", "#1f6feb", "#e07b00
 # Networks have their own colour in every picture; baselines take the muted ones in order.
 _FIXED = {"teacher": ACCENT, "student": SECOND, "shipped": SECOND, "student_scratch": "#f2b673", "student_int8": "#a85a00"}
 _MUTED = ("#6b7785", "#2e8b57", "#8e6bb0", "#b05a6b", "#4aa3a2", "#9a8f3c", "#3f5d7d", "#d6729f", "#7a4b2a", "#111111")
-_ABBREVIATIONS = r"\b(knn|nmse|bler|ece|int8|fp32|rsrp|mcs|cqi|illa|olla|nack|los|nlos)\b"
 _WRITTEN = {"knn": "kNN", "los": "LoS", "nlos": "NLoS"}
 CAPTIONS = {
     "reliability": "Reliability on the test set, before and after calibration",
@@ -39,13 +38,6 @@ CAPTIONS = {
     "channel_true_and_predicted": "A channel as received and as predicted, magnitude over time and frequency",
     "nmse_over_horizon": "NMSE against how far ahead, time task, test sets",
     "nmse_over_speed": "NMSE against speed, time task, test sets",
-    "goodput_cdf_over_users": "Goodput of each user in the slot loop, distribution over users of the test set",
-    "bler_over_time": "BLER since a user's first slot, test set; grey: target +- 1 point",
-    "after_snr_jump_down": "After the mean SNR falls by 5 to 12 dB: goodput over the genie's",
-    "after_snr_jump_up": "After the mean SNR rises by 5 to 12 dB: goodput over the genie's",
-    "nack_bursts_by_length": "How often so many blocks in a row are lost",
-    "goodput_gain": "Where the gain is: by Doppler and by age of the CQI reports",
-    "other_targets": "Other BLER targets, given at run time",
     "latency": "Paced latency of the chosen runtime, beside the host's own control",
     "race": "The race across runtimes: paced p50 to p99.9 against the budget",
 }
@@ -337,7 +329,7 @@ def readable(text: str, unit: bool = False) -> str:
         written = {"db": "dB", "dbm": "dBm", "us": "us", "ghz": "GHz"}[match[1]]
         return readable(text[: match.start()]) + (f" [{written}]" if unit else "")
     text = re.sub(r"^top(\d+)$", r"Top-\1", text).replace("l1_rsrp", "L1-RSRP").replace("set_b", "Set B").replace("_", " ")
-    return re.sub(_ABBREVIATIONS, lambda m: _WRITTEN.get(m[0], m[0].upper()), text)
+    return re.sub(r"\b(knn|nmse|bler|ece|int8|fp32|rsrp|mcs|los|nlos)\b", lambda m: _WRITTEN.get(m[0], m[0].upper()), text)
 
 
 def _natural(text: str) -> tuple[float, str]:
