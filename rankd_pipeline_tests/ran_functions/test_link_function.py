@@ -268,7 +268,7 @@ def test_drift_names_what_moved_and_says_what_the_model_is_worth(made, tmp_path,
     *reference, calm, driving, seldom = json.loads(report.file("drift.json").read_text())["windows"]
     assert [window["state"] for window in reference] == ["reference", "reference"]
     assert not calm["causes"] and 0.5 < calm["quality"]["score"] < 1 and calm["quality"]["baseline"] < 1
-    assert [cause["cause"] for cause in driving["causes"]] == ["doppler"] and driving["action"] == "redistil"
+    assert [cause["cause"] for cause in driving["causes"]] == ["doppler"] and driving["action"] == "redistill"
     assert "cqi_age_slots level" in {test["name"] for test in seldom["tests"] if test["moved"]} and seldom["causes"]
 
 
