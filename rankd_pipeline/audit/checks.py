@@ -770,14 +770,15 @@ def duplicate_findings(stream: Stream) -> list[Finding]:
                     next_step="remove the copies, then split again",
                 )
             )
-    if inside > 0.001 * rows and inside > 2:
+    allowed = max(0.001, stream.schema.expected_repeats)
+    if inside > allowed * rows and inside > 2:
         found.append(
             Finding(
                 fault="repeated_rows",
                 severity="fail",
                 where=f"{inside} rows repeat another row of their own {unit}",
                 value=inside / rows,
-                threshold=0.001,
+                threshold=allowed,
                 next_step="drop rows logged twice; see whether the receiver was stuck",
             )
         )

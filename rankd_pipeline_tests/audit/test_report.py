@@ -221,3 +221,17 @@ def test_rows_hash_alike_exactly_when_equal(rows: list[list[float]]) -> None:
     for i in range(len(rows)):
         for j in range(i):
             assert (hashed[i] == hashed[j]) == (np.array(rows[i], np.float32) == np.array(rows[j], np.float32)).all()
+
+
+def test_rows_that_repeat_are_a_fault_unless_the_function_expects_some() -> None:
+    """Four of 320 rows are logged twice: more than one in a thousand, but within two in a hundred."""
+    h = np.random.default_rng(0).standard_normal((320, 3, 2))
+    h[[1, 11, 21, 31]] = h[[0, 10, 20, 30]]
+    rows = table(0, 64, h=h)
+    verdicts = {
+        expected: audit(lambda: iter((rows,)), None, SCHEMA.model_copy(update={"expected_repeats": expected}), (OURS,), None)
+        for expected in (0.0, 0.01, 0.02)
+    }
+    assert {expected: "repeated_rows" in faults(report) for expected, report in verdicts.items()} == {
+        0.0: True, 0.01: True, 0.02: False,
+    }  # fmt: skip
