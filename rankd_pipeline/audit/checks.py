@@ -38,6 +38,8 @@ class AuditConfig(BaseModel):
     missing_warn / missing_fail: share of values missing, of those that the schema expects to be there.
     label_noise_*: lower bound of the estimated share of wrong labels.
     labelled_warn: least share of training rows with a label. imbalance_warn: largest over smallest scenario.
+    repeats_fail: share of rows that repeat another row of their own unit (a link at the top of its table reports the same for
+    seconds).
     comparisons: the statistical checks that run (see audit/patterns.py).
     sampled_rows: rows (whole units) kept for the statistical checks. spill_rows: rows kept in memory before spilling to disk.
     accept: source -> faults that only warn there, because what is known of the source explains them.
@@ -55,6 +57,7 @@ class AuditConfig(BaseModel):
     min_sites: int = Field(default=3, ge=1)
     min_bands: int = Field(default=2, ge=1)
     imbalance_warn: float = Field(default=4.0, ge=1)
+    repeats_fail: float = Field(default=0.001, ge=0, le=1)
     comparisons: tuple[Comparison, ...] = ("runs", "components", "levels", "copies", "labels")
     sampled_rows: int = Field(default=40_000, ge=100)
     label_rows: int = Field(default=5_000, ge=100)
@@ -726,7 +729,7 @@ def unit_findings(stream: Stream, facts: UnitFacts) -> list[Finding]:
     return found
 
 
-def duplicate_findings(stream: Stream) -> list[Finding]:
+def duplicate_findings(stream: Stream, cfg: AuditConfig) -> list[Finding]:
     """Units that hold the measurements of another unit, bit for bit, and whether they straddle splits."""
     shared: Counter[tuple[int, int]] = Counter()
     across: Counter[tuple[int, int]] = Counter()
@@ -770,15 +773,14 @@ def duplicate_findings(stream: Stream) -> list[Finding]:
                     next_step="remove the copies, then split again",
                 )
             )
-    allowed = max(0.001, stream.schema.expected_repeats)
-    if inside > allowed * rows and inside > 2:
+    if inside > cfg.repeats_fail * rows and inside > 2:
         found.append(
             Finding(
                 fault="repeated_rows",
                 severity="fail",
                 where=f"{inside} rows repeat another row of their own {unit}",
                 value=inside / rows,
-                threshold=allowed,
+                threshold=cfg.repeats_fail,
                 next_step="drop rows logged twice; see whether the receiver was stuck",
             )
         )

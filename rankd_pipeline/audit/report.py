@@ -122,7 +122,7 @@ def audit(
         findings += _read(feature_batches, stream, sampler)
         facts = unit_facts(stream)
         findings += format_findings(stream) + key_findings(stream) + identity_findings(stream)
-        findings += unit_findings(stream, facts) + duplicate_findings(stream)
+        findings += unit_findings(stream, facts) + duplicate_findings(stream, cfg)
         for counts in stream.columns.values():
             findings += counts.findings(cfg)
         findings += label_findings(stream, labels, schema, cfg)

@@ -86,8 +86,6 @@ class CorpusSchema(_Frozen):
     `constant_within` maps a column to the columns that may have only one value for each of its values (default: a unit has
     one source, site, band). `balance_columns` are the scenarios that must be balanced. `held_out` maps a split to the column
     whose values in it appear in no training, validation or test row (default: heldout_site and heldout_band).
-    `expected_repeats` is the share of rows that may repeat one of their own unit by design (a link at the top of its table
-    reports the same for seconds).
     """
 
     columns: tuple[ColumnSpec, ...]
@@ -104,7 +102,6 @@ class CorpusSchema(_Frozen):
     constant_within: dict[str, tuple[str, ...]] = {}
     balance_columns: tuple[str, ...] = ()
     held_out: dict[str, str] = {}
-    expected_repeats: float = Field(default=0.0, ge=0.0, lt=1.0)
 
     @model_validator(mode="before")
     @classmethod

@@ -27,7 +27,7 @@ class StepInfo:
 
 
 CHAIN: tuple[StepInfo, ...] = (
-    StepInfo("corpus", "Channels or own measurements, as features, delivered labels and truth", (), "8",
+    StepInfo("corpus", "Channels or own measurements, as features, delivered labels and truth", (), "7",
              ("simulate",), ("sionna-no-rt", "torch", "numpy"), reads=()),
     StepInfo("audit_report", "The corpus health card; a blocking check", ("corpus",), "13", (), ("numpy", "scikit-learn"),
              reads=("corpus.simulation", "corpus.sources")),
@@ -66,13 +66,13 @@ CHAIN: tuple[StepInfo, ...] = (
 STEPS: dict[str, StepInfo] = {info.name: info for info in CHAIN}
 
 FIELD: tuple[StepInfo, ...] = (
-    StepInfo("telemetry", "What came back from the field: finished files, taken in and cut into windows", (), "5",
+    StepInfo("telemetry", "What came back from the field: finished files, taken in and cut into windows", (), "4",
              (), ("pyarrow",), reads=("corpus.simulation", "latency_profile.budget_us")),
     StepInfo("drift_report", "Has the field moved, how good is the champion there, and why: one judgement a window", ("telemetry",),
-             "8", ("baselines",), ("scipy", "scikit-learn", "onnxruntime"),
+             "7", ("baselines",), ("scipy", "scikit-learn", "onnxruntime"),
              reads=("corpus.simulation", "latency_profile.budget_us")),
     StepInfo("shadow_run", "Challenger beside champion: over the stored telemetry, and on the general test set",
-             ("deployment", "champion", "corpus", "telemetry"), "2", ("metrics",), ("onnxruntime", "scipy", "scikit-learn"),
+             ("deployment", "champion", "corpus", "telemetry"), "1", ("metrics",), ("onnxruntime", "scipy", "scikit-learn"),
              reads=("corpus.simulation", "latency_profile.budget_us", "telemetry.judge_share", "telemetry.val_share")),
 )  # fmt: skip
 """Steps outside the chain: what comes back from the field. What they read depends on it, so steps/watch.py runs them."""

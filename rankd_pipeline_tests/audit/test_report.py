@@ -223,15 +223,11 @@ def test_rows_hash_alike_exactly_when_equal(rows: list[list[float]]) -> None:
             assert (hashed[i] == hashed[j]) == (np.array(rows[i], np.float32) == np.array(rows[j], np.float32)).all()
 
 
-def test_rows_that_repeat_are_a_fault_unless_the_function_expects_some() -> None:
+def test_rows_that_repeat_are_a_fault_unless_the_configuration_expects_some() -> None:
     """Four of 320 rows are logged twice: more than one in a thousand, but within two in a hundred."""
-    h = np.random.default_rng(0).standard_normal((320, 3, 2))
-    h[[1, 11, 21, 31]] = h[[0, 10, 20, 30]]
-    rows = table(0, 64, h=h)
-    verdicts = {
-        expected: audit(lambda: iter((rows,)), None, SCHEMA.model_copy(update={"expected_repeats": expected}), (OURS,), None)
-        for expected in (0.0, 0.01, 0.02)
-    }
-    assert {expected: "repeated_rows" in faults(report) for expected, report in verdicts.items()} == {
-        0.0: True, 0.01: True, 0.02: False,
-    }  # fmt: skip
+    changes = {"h": np.random.default_rng(0).standard_normal((320, 3, 2)), "snr_db": np.full(320, 10.0)}
+    changes["h"][[1, 11, 21, 31]] = changes["h"][[0, 10, 20, 30]]
+    rows = table(0, 64, **changes)
+    for allowed, told in ((0.001, True), (0.01, True), (0.02, False)):
+        report = examine(rows, cfg=AuditConfig(repeats_fail=allowed, comparisons=()))
+        assert ("repeated_rows" in faults(report)) == told

@@ -127,8 +127,6 @@ class LinkAdaptation(RanFunction):
         return CorpusSchema(
             columns=columns, site_column="site", band_column="band_ghz", source_column="source",
             balance_columns=("site", "scenario"),
-            # A user under the mast: CQI 15, MCS 27, every block acknowledged, one window like another.
-            expected_repeats=0.02,
         )  # fmt: skip
 
     # -- labels ---------------------------------------------------------------------------------------------------
