@@ -20,7 +20,7 @@ from rankd_pipeline.ran_functions.link_adaptation.tables import EFFICIENCY, N_CQ
 
 TARGETS = (0.01, 0.03, 0.1, 0.2, 0.3)
 """BLER targets at which the decision rule is tuned; between them it is interpolated."""
-PRICE_STEP, PRICE_LIMIT, LOWEST_LOG_PRICE = 0.05, 6.0, -0.5
+PRICE_STEP, PRICE_LIMIT, LOWEST_LOG_PRICE = 0.05, 6.0, -1.0
 """Step of the log price for each lost block, how far it may go from where it begins, and how low it may get at all."""
 LIKELY_LOST, AVOID = 0.5, 10.0
 """A block that is likelier lost than not is avoided, whatever the price: what its utility loses for each unit of BLER."""
