@@ -223,8 +223,8 @@ def test_operating_points_are_tuned_in_the_loop():
     assert aims == sorted(aims) and all(found[price_key(target)] >= np.exp(LOWEST_LOG_PRICE) for target in TARGETS)
     got = [1 - roll_out(traces, Learned(stepper(Deployable(network, found)), 1, target)).ack_NT.mean() for target in TARGETS]
     np.testing.assert_allclose(got[1:3], TARGETS[1:3], rtol=0.12)
-    # At their best rate these users lose 13 % of their blocks, and they are not made to lose many more.
-    assert 0.13 < got[3] <= got[4] < 0.2
+    # At their best rate these users lose 13 % of their blocks; the floor of the price keeps them from the 30 % they may lose.
+    assert 0.13 < got[3] <= got[4] < 0.25
 
 
 def test_first_price_is_the_lowest_that_keeps_the_promise():
