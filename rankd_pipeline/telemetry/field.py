@@ -136,22 +136,30 @@ def simulated(
     tables = [function.simulate(world, shard) for shard in shards]
     features, truth = (pa.concat_tables([pair[side] for pair in tables]) for side in (0, 1))
     delivered = function.delivered_labels(truth)
-    arrays = [{name: column_array(table[name]) for name in table.column_names} for table in (features, truth, delivered)]
-    ids = [table["sample_id"] for table in arrays]
-    at_truth, at_label = (np.searchsorted(other, ids[0], sorter=np.argsort(other)) for other in ids[1:])
-    truth_rows = {name: values[np.argsort(ids[1])[at_truth]] for name, values in arrays[1].items()}
-    label = arrays[2]["label"][np.argsort(ids[2])[at_label]]
+    rows_of_features, rows_of_truth, rows_of_labels = (
+        {name: column_array(table[name]) for name in table.column_names} for table in (features, truth, delivered)
+    )
+    ids = rows_of_features["sample_id"]
+    truth_rows = _in_order(rows_of_truth, ids)
+    label = function.own_labels(rows_of_features) if function.self_labelled else _in_order(rows_of_labels, ids)["label"]
     # The plan rounds up to whole sessions in every cell; which of them are kept is chance, not their cell.
-    sessions, sizes = np.unique(arrays[0]["drop_id"], return_counts=True)
+    sessions, sizes = np.unique(rows_of_features["drop_id"], return_counts=True)
     order = np.random.default_rng(seed).permutation(len(sessions))
     chosen = sessions[order][: max(1, int(np.searchsorted(np.cumsum(sizes[order]), rows, side="right")))]
-    keep = np.isin(arrays[0]["drop_id"], chosen)
+    keep = np.isin(rows_of_features["drop_id"], chosen)
     return (
-        {name: values[keep] for name, values in arrays[0].items()},
+        {name: values[keep] for name, values in rows_of_features.items()},
         {name: values[keep] for name, values in truth_rows.items()},
         label[keep],
         world,
     )
+
+
+def _in_order(columns: Mapping[str, np.ndarray], ids: np.ndarray) -> dict[str, np.ndarray]:
+    """The rows of `columns` whose sample_id is each of `ids`."""
+    order = np.argsort(columns["sample_id"])
+    rows = order[np.searchsorted(columns["sample_id"], ids, sorter=order)]
+    return {name: values[rows] for name, values in columns.items()}
 
 
 def _estimated(name: str, true: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:

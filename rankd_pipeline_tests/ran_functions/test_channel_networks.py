@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from rankd_pipeline.errors import RankdError
+from rankd_pipeline.ran_functions.channel_prediction.alignment import Turn, continued, mirrored
 from rankd_pipeline.ran_functions.channel_prediction.networks import (
     SIZES,
     Deployable,
@@ -12,7 +13,7 @@ from rankd_pipeline.ran_functions.channel_prediction.networks import (
     Place,
     masked_transformer,
 )
-from rankd_pipeline.ran_functions.channel_prediction.patches import network_inputs
+from rankd_pipeline.ran_functions.channel_prediction.patches import coordinates, network_inputs, patchify, unpatchify
 
 # WiFo's count of all tensors, and Tiny-WiFo's versions; it holds 172 x width numbers of unused place tables.
 PUBLISHED = {
@@ -110,6 +111,80 @@ def test_internals_show_the_same_pass():
     assert {name: tuple(x.shape[1:]) for name, x in found.features.items()} == {
         "embedding": (16, 32), "encoder": (8, 32), "decoder": (16, 32)}  # fmt: skip
     assert network.feature_widths == {name: x.shape[-1] for name, x in found.features.items()}
+
+
+def two_channels():
+    """Two complex channels [2, T, N, K] of 8 instants, 4 antennas and 16 subcarriers."""
+    rng = np.random.default_rng(0)
+    h = rng.standard_normal((2, 8, 4, 16)) + 1j * rng.standard_normal((2, 8, 4, 16)) + 3.0
+    return h.astype(np.complex64)
+
+
+def asked(h, task):
+    grids = np.tile(np.array([2, 1, 4], np.int16), (len(h), 1))
+    inputs = network_inputs(patchify(h), grids, np.full(len(h), task))
+    return {name: torch.from_numpy(values) for name, values in inputs.items()}
+
+
+@pytest.mark.parametrize("task", ["time", "frequency"])
+def test_an_aligned_network_turns_with_its_channel(task):
+    """Another Doppler, delay, angle, phase and power of all paths: the prediction follows exactly."""
+    torch.manual_seed(0)
+    network = MaskedChannelTransformer(width=32, encoder_depth=1, decoder_depth=1, align=True).eval()
+    torch.nn.init.xavier_uniform_(network.head.weight)  # as if it had learned something
+    h = two_channels()
+    t, a, k = np.ogrid[:8, :4, :16]
+    ramp = 2.5 * np.exp(1j * (0.9 * t - 0.4 * a + 1.7 * k + 0.3)).astype(np.complex64)
+    hidden = patchify(np.broadcast_to(ramp, h.shape))[
+        :, coordinates((2, 1, 4))[:, 0 if task == "time" else 2] >= (1 if task == "time" else 2)
+    ]
+    with torch.no_grad():
+        plain, turned = (network(**asked(x, task)).numpy() for x in (h, h * ramp))
+    by_hand = plain.view(np.complex64) * np.ascontiguousarray(hidden).view(np.complex64)
+    assert np.allclose(turned.view(np.complex64), by_hand, atol=1e-4)
+
+
+def test_a_lone_path_is_the_same_to_every_aligned_network():
+    """What is left of one path behind the turn is a one: whatever its Doppler, delay, angle and power."""
+    t, a, k = np.ogrid[:8, :4, :16]
+    h = np.stack([0.2 * np.exp(1j * (0.1 * t + 2.0 * a - 1.1 * k)), 3.0 * np.exp(1j * (-2.2 * t + 0.7 * k + 1.0 + 0 * a))])
+    inputs = asked(h.astype(np.complex64), "time")
+    turn = Turn.of(inputs["visible_patches"], inputs["visible_at"])
+    seen = turn.into(inputs["visible_patches"], inputs["visible_at"])
+    assert np.allclose(np.ascontiguousarray(seen.numpy()).view(np.complex64), 1.0, atol=1e-4)
+    assert np.allclose(turn.step_B3.numpy(), [[0.1, 2.0, -1.1], [-2.2, 0.0, 0.7]], atol=1e-4)
+    assert np.allclose(turn.back(seen, inputs["visible_at"]).numpy(), inputs["visible_patches"].numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("task", ["time", "frequency"])
+def test_three_paths_are_continued_exactly(task):
+    """A sum of three exponentials obeys a recursion of order three, so its run has one answer; backwards, too."""
+    rng = np.random.default_rng(1)
+    t, a, k = np.ogrid[:8, :4, :16]
+    h = np.zeros((2, 8, 4, 16), complex)
+    for doppler, delay in ((0.3, -0.2), (-1.1, 0.9), (1.9, -1.5)):
+        gains = rng.standard_normal((2, 1, 4, 1)) + 1j * rng.standard_normal((2, 1, 4, 1))
+        h += gains * np.exp(1j * (doppler * t + delay * k))
+    h /= np.sqrt(np.mean(np.abs(h) ** 2))
+    at = torch.as_tensor(coordinates((2, 1, 4))).float().expand(2, -1, -1)
+    patches = torch.from_numpy(patchify(h.astype(np.complex64)))
+    axis = 0 if task == "time" else 2
+    for seen in (at[0, :, axis] < at[0, :, axis].max() / 2 + 0.1, at[0, :, axis] > at[0, :, axis].max() / 2):
+        found = continued(patches[:, seen], at[:, seen], at[:, ~seen], ridge=1e-7)
+        found, true, known = (
+            np.ascontiguousarray(x.numpy()).view(np.complex64) for x in (found, patches[:, ~seen], patches[:, seen])
+        )
+        bounded = np.abs(true) <= np.abs(known).max(axis=(1, 2), keepdims=True)
+        assert bounded.mean() > 0.9 and np.allclose(found[bounded], true[bounded], atol=0.02)
+
+
+def test_mirrored_channels_are_those_that_might_have_been():
+    torch.manual_seed(0)
+    h = two_channels()
+    found = unpatchify(mirrored(torch.from_numpy(patchify(np.repeat(h[:1], 64, 0))), (2, 1, 4)).numpy(), (2, 1, 4))
+    ways = [h[0][::i, ::j, ::k] if k == 1 else h[0][::i, ::j, ::k].conj() for i in (1, -1) for j in (1, -1) for k in (1, -1)]
+    which = [[bool(np.allclose(x, way, atol=1e-6)) for way in ways].index(True) for x in found]
+    assert set(which) == set(range(8))
 
 
 def test_the_deployed_graph_says_its_interval():

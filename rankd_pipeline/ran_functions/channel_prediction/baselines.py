@@ -34,14 +34,18 @@ from rankd_pipeline.ran_functions.channel_prediction.patches import (
     wanted_patches,
 )
 from rankd_pipeline.ran_functions.contract import Arrays, Baseline, Predictor
+from rankd_pipeline.settings import settings
 from rankd_pipeline.training.fit import FitConfig, fit
+from rankd_pipeline.training.parallel import map_processes
+from rankd_pipeline.training.weights import load_weights, save_weights
 
 Grid = tuple[int, int, int]
 Series = Callable[[np.ndarray, int, str, Grid, np.ndarray], np.ndarray]
 """(visible [n, S, P], hidden places Q, task, grid, sites [n]) -> hidden [n, S, Q], complex."""
 
 ORDERS, RIDGES = (1, 2, 3, 4), (1e-3, 1e-2, 1e-1)
-LEARNED_FIT = {"epochs": 10, "batch_size": 64, "lr": 2e-3, "warmup_share": 0.05, "validate_every": 2, "clip_norm": 1.0}
+LEARNED_FIT = {"epochs": 8, "batch_size": 64, "lr": 2e-3, "warmup_share": 0.05, "validate_every": 2, "clip_norm": 1.0}
+WEIGHTS = "weights.safetensors"
 
 
 def all_baselines() -> tuple[Baseline, ...]:
@@ -215,12 +219,19 @@ class SequenceNetwork(nn.Module):
 
 
 def fit_sequence(kind: str, train: Arrays, val: Arrays, seed: int) -> Predictor:
-    """One network a grid and task (the flattened size differs), the best of its validations."""
-    networks: dict[tuple[Grid, str], nn.Module] = {}
-    for task in TASKS:
-        for rows, grid, _ in questions(train["grid"], np.full(len(train["grid"]), task)):
-            others = np.flatnonzero((np.asarray(val["grid"]) == grid).all(axis=1))
-            networks[grid, task] = _fit_one(kind, train["csi"][rows], val["csi"][others], grid, task, seed)
+    """One network a grid and task (the flattened size differs), the best of its validations; trained side by side."""
+    jobs: dict[tuple[Grid, str], dict[str, Any]] = {}
+    with TemporaryDirectory(prefix="rankd-baseline-") as work:
+        for task in TASKS:
+            for rows, grid, _ in questions(train["grid"], np.full(len(train["grid"]), task)):
+                others = np.flatnonzero((np.asarray(val["grid"]) == grid).all(axis=1))
+                folder = Path(work) / str(len(jobs))
+                folder.mkdir()
+                for name, csi in (("train", train["csi"][rows]), ("val", val["csi"][others])):
+                    np.save(folder / f"{name}.npy", _vectors(_whole_series(csi, grid, task)), allow_pickle=False)
+                jobs[grid, task] = {"kind": kind, "seed": seed, "folder": str(folder)}
+        map_processes(sequence_job, list(jobs.values()), settings().workers)
+        networks = {question: load_sequence(job) for question, job in jobs.items()}
 
     def predict(visible: np.ndarray, hidden: int, task: str, grid: Grid, sites: np.ndarray) -> np.ndarray:
         network = networks.get((grid, task))
@@ -233,24 +244,36 @@ def fit_sequence(kind: str, train: Arrays, val: Arrays, seed: int) -> Predictor:
     return along_axis(predict)
 
 
-def _fit_one(kind: str, train: np.ndarray, val: np.ndarray, grid: Grid, task: str, seed: int) -> nn.Module:
-    length = PATCH * grid[0 if task == "time" else 2]
-    seen = visible_places(length)
-    data: list[Mapping[str, Any]] = []
-    for csi in (train, val):
-        vectors = _vectors(_whole_series(csi, grid, task))
-        data.append({"seen": np.ascontiguousarray(vectors[:, :seen]), "wanted": np.ascontiguousarray(vectors[:, seen:])})
-    torch.manual_seed(seed)
-    network = SequenceNetwork(kind, data[0]["seen"].shape[-1], seen, length - seen)
-    held = {name: torch.from_numpy(values) for name, values in data[1].items()}
+def sequence_job(job: Mapping[str, Any]) -> None:
+    """Train one network on `train.npy` and `val.npy` (real vectors [n, P + Q, D]) of its folder; `weights` appear there."""
+    folder = Path(job["folder"])
+    torch.manual_seed(job["seed"])
+    network, seen = _untrained(job)
+    train, val = (np.load(folder / f"{name}.npy", allow_pickle=False) for name in ("train", "val"))
+    held = torch.from_numpy(val)
 
     def loss(module: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        error = (module(batch["seen"]) - batch["wanted"]).square().flatten(1).sum(dim=1)
-        return (error / batch["wanted"].square().flatten(1).sum(dim=1)).mean()
+        wanted = batch["vectors"][:, seen:]
+        error = (module(batch["vectors"][:, :seen]) - wanted).square().flatten(1).sum(dim=1)
+        return (error / wanted.square().flatten(1).sum(dim=1)).mean()
 
-    with TemporaryDirectory(prefix="rankd-baseline-") as work:
-        fit(network, data[0], loss, lambda module: float(loss(module, held)), FitConfig(**LEARNED_FIT), seed, Path(work))
-    return network
+    config = FitConfig.model_validate(LEARNED_FIT)
+    fit(network, {"vectors": train}, loss, lambda module: float(loss(module, {"vectors": held})), config, job["seed"], folder)
+    save_weights(network, folder / WEIGHTS)
+
+
+def load_sequence(job: Mapping[str, Any]) -> nn.Module:
+    """The network of a finished job."""
+    network, _ = _untrained(job)
+    load_weights(network, Path(job["folder"]) / WEIGHTS)
+    return network.eval()
+
+
+def _untrained(job: Mapping[str, Any]) -> tuple["SequenceNetwork", int]:
+    """(network for the vectors of a job's folder, its visible places)."""
+    _, length, size = np.load(Path(job["folder"]) / "train.npy", mmap_mode="r", allow_pickle=False).shape
+    seen = visible_places(length)
+    return SequenceNetwork(job["kind"], size, seen, length - seen), seen
 
 
 def _vectors(series_nSP: np.ndarray) -> np.ndarray:

@@ -35,6 +35,7 @@ class ChannelSet(_Strict):
     scenario: Scenario
     los: bool
     speed_kmh: tuple[float, float]
+    delay_scale: float = Field(default=1.0, gt=0, description="of all path delays, against TR 38.901")
 
     @property
     def antennas(self) -> int:
@@ -180,6 +181,8 @@ class ChannelCorpusConfig(_Strict):
     deploy: DeployConfig = DeployConfig(name="D17-s", task="time")
     shard_samples: int = Field(default=1000, ge=1)
     batch_samples: int = Field(default=128, ge=1)
+    tasks: tuple[Task, ...] = Field(default=("time", "frequency"), min_length=1, description="what rows ask, in turn")
+    pad_to: int = Field(default=0, ge=0, description="patches; for rows that join others of a larger grid")
 
     @model_validator(mode="after")
     def _consistent(self) -> "ChannelCorpusConfig":
@@ -209,4 +212,36 @@ class ChannelCorpusConfig(_Strict):
     @property
     def most_tokens(self) -> int:
         """Patches of the largest grid: rows of smaller ones are padded to it."""
-        return max(item.tokens for item in self.resolved.values())
+        return max(self.pad_to, *(item.tokens for item in self.resolved.values()))
+
+
+# -- the field ------------------------------------------------------------------------------------------------------------
+SHIFTS = {
+    "speed_60": "users move at 55 to 65 km/h",
+    "delay_spread_x3": "all path delays, and so the delay spread, three times as long",
+    "band_28": "the carrier is refarmed to 28 GHz",
+    "interference": "another network on the carrier: the channel is known 10 dB worse",
+}
+
+
+def field_config(cfg: ChannelCorpusConfig, shifts: frozenset[str], rows: int) -> ChannelCorpusConfig:
+    """The set and question that the deployed file is for, simulated anew, and what `shifts` do to it."""
+    chosen = cfg.choice(cfg.deploy.name)
+    changed: dict[str, Any] = chosen.as_published().model_dump(exclude={"name"})
+    if "speed_60" in shifts:
+        changed["speed_kmh"] = (55.0, 65.0)
+    if "delay_spread_x3" in shifts:
+        changed["delay_scale"] *= 3.0
+    if "band_28" in shifts:
+        changed["carrier_ghz"] = 28.0
+    return cfg.model_copy(
+        update={
+            "sets": (SetChoice(name=chosen.name, crop=chosen.crop, own=changed),),
+            "train_samples": rows,
+            "val_samples": 0,
+            "test_samples": 0,
+            "snr_db": cfg.snr_db - (10.0 if "interference" in shifts else 0.0),
+            "tasks": (cfg.deploy.task,),
+            "pad_to": cfg.most_tokens,
+        }
+    )

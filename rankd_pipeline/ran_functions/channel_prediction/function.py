@@ -1,12 +1,13 @@
 """Channel prediction: the hidden part of a channel over time or frequency from what was received (WiFo, Tiny-WiFo)."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rankd_pipeline.audit.schema import ColumnSpec, CorpusSchema, LabelSpec
-from rankd_pipeline.ran_functions.channel_prediction.config import ELEMENTS, ChannelCorpusConfig
+from rankd_pipeline.ran_functions.channel_prediction.config import ELEMENTS, LIGHT_MPS, SHIFTS, ChannelCorpusConfig, field_config
 from rankd_pipeline.ran_functions.channel_prediction.patches import (
     TASKS,
     coordinates,
@@ -135,11 +136,20 @@ class ChannelPrediction(RanFunction):
     def training_inputs(self, features: Arrays) -> dict[str, np.ndarray]:
         return {"csi": np.asarray(features["csi"], np.float32), "grid": np.asarray(features["grid"], np.int16)}
 
-    def views(self, batch: Any, **options: Any) -> "list[dict[str, torch.Tensor]]":
-        """Three views of a batch of one grid: future time hidden, upper frequencies hidden, random patches hidden."""
+    def views(self, batch: Any, *, mirror: bool = False, balanced: bool = False, **options: Any) -> "list[dict[str, torch.Tensor]]":
+        """Three views of a batch of one grid: future time hidden, upper frequencies hidden, random patches hidden.
+
+        mirror: each sample by chance run backwards in time, seen from the panel's other side, or conjugated with its
+        subcarriers in reverse; each is a channel that might as well have been (Doppler or angle change sign).
+        balanced: samples weigh by the inverse of their power, so that the loss is twice the mean NMSE.
+        """
         import torch
 
         csi, grid = batch["csi"], tuple(int(size) for size in batch["grid"][0])
+        if mirror:
+            from rankd_pipeline.ran_functions.channel_prediction.alignment import mirrored
+
+            csi = mirrored(csi[:, : math.prod(grid)], grid)
         at = torch.as_tensor(coordinates(grid), dtype=torch.float32, device=csi.device)
         csi, count = csi[:, : len(at)], len(csi)
         order = torch.rand(count, len(at), device=csi.device).argsort(dim=1)
@@ -152,11 +162,15 @@ class ChannelPrediction(RanFunction):
         def taken(index: torch.Tensor) -> torch.Tensor:
             return csi.gather(1, index.unsqueeze(-1).expand(-1, -1, csi.shape[-1]))
 
-        return [
+        found = [
             {"visible_patches": taken(seen), "visible_at": at[seen], "wanted_at": at[wanted], "label": taken(wanted),
              "has_label": batch["has_label"]}
             for seen, wanted in masks
         ]  # fmt: skip
+        if balanced:
+            for view in found:
+                view["weight"] = 1.0 / view["label"].square().mean(dim=(1, 2), keepdim=True).clamp_min(1e-6)
+        return found
 
     def teacher(self, cfg: ChannelCorpusConfig, network: Mapping[str, Any]) -> "torch.nn.Module":
         from rankd_pipeline.ran_functions.channel_prediction.networks import masked_transformer
@@ -205,6 +219,11 @@ class ChannelPrediction(RanFunction):
 
         return predict
 
+    def answer(self, cfg: ChannelCorpusConfig, budget_us: float) -> TensorSpec:
+        """Estimate and half width of the interval of every wanted entry, as the predictor gives them."""
+        channel = self.signatures(cfg, budget_us)[0].decision
+        return TensorSpec(name="answer", axes=("estimate_half_width", *channel.axes), shape=(2, *channel.shape), unit=channel.unit)
+
     # -- judgement ------------------------------------------------------------------------------------------------
     def baselines(self, cfg: ChannelCorpusConfig) -> tuple[Baseline, ...]:
         from rankd_pipeline.ran_functions.channel_prediction.baselines import all_baselines
@@ -232,6 +251,24 @@ class ChannelPrediction(RanFunction):
                 for name, values in predicted.items()
             ]
         return concat_tables(tables)
+
+    # -- the field ------------------------------------------------------------------------------------------------
+    shifts = SHIFTS
+
+    def field_config(self, cfg: ChannelCorpusConfig, shifts: frozenset[str], rows: int) -> ChannelCorpusConfig:
+        return field_config(cfg, shifts, rows)
+
+    def field_context(self, cfg: ChannelCorpusConfig, features: Arrays, truth: Arrays) -> dict[str, np.ndarray]:
+        """Doppler of the user's own speed, delay spread of the noise-free channel, SNR of the known one."""
+        from rankd_pipeline.ran_functions.channel_prediction.metrics import delay_spread_ns
+
+        ghz = np.asarray(features["band_ghz"], np.float64)
+        spacing_khz = np.array([cfg.resolved[str(site)].spacing_khz for site in features["site"]])
+        return {
+            "doppler_hz": np.asarray(features["speed_kmh"], np.float64) / 3.6 * ghz * 1e9 / LIGHT_MPS,
+            "delay_spread_ns": delay_spread_ns(truth["csi_clean"], features["grid"], spacing_khz),
+            "snr_db": np.full(len(ghz), cfg.snr_db),
+        }
 
     def figures(self, models: Mapping[str, Predictor], features: Arrays, truth: Arrays) -> Iterator[tuple[str, bytes]]:
         from rankd_pipeline.ran_functions.channel_prediction.pictures import all_pictures

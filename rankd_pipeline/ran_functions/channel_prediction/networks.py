@@ -17,6 +17,7 @@ from torch.nn import functional
 from rankd_pipeline.distillation.heads import RegressionHead
 from rankd_pipeline.distillation.internals import Internals
 from rankd_pipeline.errors import RankdError
+from rankd_pipeline.ran_functions.channel_prediction.alignment import Turn, continued
 from rankd_pipeline.ran_functions.channel_prediction.config import ELEMENTS
 
 SIZES: dict[str, dict[str, int]] = {
@@ -42,12 +43,19 @@ def masked_transformer(size: str | None = None, **network: Any) -> "MaskedChanne
 
 
 class MaskedChannelTransformer(nn.Module):
-    """A masked autoencoder: the encoder sees the visible patches, the decoder fills in the wanted ones."""
+    """A masked autoencoder: the encoder sees the visible patches, the decoder fills in the wanted ones.
+
+    align: turn each sample by the mean Doppler, delay and angle of its visible part first, and back behind the last layer;
+    in between, the decoder is told the autoregressive run of the nearest visible patch, and what is learned is the change
+    against it (alignment.py). Not a part of WiFo, and without parameters.
+    """
 
     def __init__(
-        self, *, width: int = 64, encoder_depth: int = 3, decoder_depth: int = 2, heads: int = 8, expansion: int = 2
-    ) -> None:
+        self, *, width: int = 64, encoder_depth: int = 3, decoder_depth: int = 2, heads: int = 8, expansion: int = 2,
+        align: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.align = align
         if width % heads or width % 2:
             raise RankdError(f"network: width {width} must be even and a multiple of heads {heads}.")
         self.embed = nn.Linear(ELEMENTS, width)
@@ -63,6 +71,8 @@ class MaskedChannelTransformer(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+        if align:  # the start is the autoregressive run
+            nn.init.zeros_(self.head.weight)
 
     def forward(self, visible_patches: Tensor, visible_at: Tensor, wanted_at: Tensor) -> Tensor:
         """Predict the wanted patches.
@@ -99,21 +109,31 @@ class MaskedChannelTransformer(nn.Module):
         """
         found: dict[str, Any] = {}
         output = self._predict(view["visible_patches"], view["visible_at"], view["wanted_at"], found)
-        found["embedding"] = torch.cat([found["embedding"], self.embed(view["label"].to(output.dtype))], dim=1)
+        label = view["label"].to(output.dtype)
+        if found["turn"] is not None:
+            label = found["turn"].into(label, view["wanted_at"])
+        found["embedding"] = torch.cat([found["embedding"], self.embed(label)], dim=1)
         features = {name: found[name] for name in ("embedding", "encoder", "decoder")}
         return Internals(output, {name: tuple(found[f"{name}_maps"]) for name in ("encoder", "decoder")}, features)
 
     def _predict(self, patches: Tensor, visible_at: Tensor, wanted_at: Tensor, found: dict[str, Any] | None) -> Tensor:
+        turn = Turn.of(patches, visible_at) if self.align else None
+        if turn is not None:
+            patches = turn.into(patches, visible_at)
         embedded = self.embed(patches)
         x_BVD = self._through("encoder", embedded + self.place(visible_at), found)
         x_BVD = self.decoder_embed(self.encoder_norm(x_BVD))
         seen, wanted = visible_at.shape[1], wanted_at.shape[1]
         hidden = self.mask_token.to(x_BVD.dtype).expand(x_BVD.shape[0], wanted, -1)
+        start = continued(patches, visible_at, wanted_at) if turn is not None else None
+        if start is not None:
+            hidden = hidden + self.embed(start)
         x_BLD = torch.cat([x_BVD, hidden], dim=1) + self.place(torch.cat([visible_at, wanted_at], dim=1))
         x_BLD = self._through("decoder", x_BLD, found)
         if found is not None:
-            found["embedding"] = embedded
-        return self.head(self.decoder_norm(x_BLD[:, seen:]))
+            found["embedding"], found["turn"] = embedded, turn
+        predicted = self.head(self.decoder_norm(x_BLD[:, seen:]))
+        return predicted if turn is None else turn.back(start + predicted, wanted_at)
 
     def _through(self, stack: str, x: Tensor, found: dict[str, Any] | None) -> Tensor:
         if found is not None:
@@ -191,11 +211,12 @@ class MaskedHead(RegressionHead):
     """WiFo's loss: the mean squared magnitude of the error over the complex entries of all wanted patches.
 
     That is twice the mean over the real numbers. Unlike the NMSE of each sample it weighs a strong channel more, as the
-    published loss does. Padding (patches of zeros, which a received channel never has) takes no part in the interval.
+    published loss does, unless the view has a `weight` [B, 1, 1]. Padding (patches of zeros, which a received channel never has) takes no part in the interval.
     """
 
     def supervised_loss(self, outputs: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-        return 2.0 * functional.mse_loss(outputs.float(), batch["label"].float())
+        square = (outputs.float() - batch["label"].float()).square()
+        return 2.0 * (square * batch["weight"] if "weight" in batch else square).mean()
 
     def fit_calibration(self, outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         there = np.abs(labels).sum(axis=-1) > 0

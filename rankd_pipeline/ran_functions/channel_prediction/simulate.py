@@ -18,7 +18,7 @@ from sionna.phy.channel.tr38901 import InH, PanelArray, RMa, UMa, UMi
 from rankd_pipeline.radio.seeding import seeded
 from rankd_pipeline.ran_functions.channel_prediction.config import ELEMENTS, ChannelCorpusConfig, ChannelSet, SetChoice
 from rankd_pipeline.ran_functions.channel_prediction.matfile import ChannelFile
-from rankd_pipeline.ran_functions.channel_prediction.patches import TASKS, patchify
+from rankd_pipeline.ran_functions.channel_prediction.patches import patchify
 from rankd_pipeline.settings import inside, settings
 from rankd_pipeline.store.tensors import tensor_array
 
@@ -138,7 +138,7 @@ def tables(
         "speed_kmh": pa.array(speed_kmh.astype(np.float32)),
         # Samples are independent snapshots; they are stamped one second apart in their set.
         "time_s": pa.array(number.astype(np.float64)),
-        "task": pa.array([TASKS[i % len(TASKS)] for i in number]),
+        "task": pa.array([cfg.tasks[i % len(cfg.tasks)] for i in number]),
         "grid": tensor_array(np.tile(np.asarray(item.grid, np.int16), (n, 1))),
         "csi": tensor_array(padded(patchify(noisy), cfg.most_tokens)),
         "csi_mask": tensor_array(_present(n, item.tokens, cfg.most_tokens)),
@@ -195,6 +195,6 @@ class SetChannel:
             los=item.los,
         )
         gains, delays = self.model(item.instants, 1e3 / item.sampling_ms)[:2]
-        h = cir_to_ofdm_channel(self.frequencies_hz, gains, delays)  # [B, rx, rx_ant, tx, tx_ant, T, K]
+        h = cir_to_ofdm_channel(self.frequencies_hz, gains, delays * item.delay_scale)  # [B, rx, rx_ant, tx, tx_ant, T, K]
         h_BNTK = h[:, 0, 0, 0].numpy()
         return h_BNTK.transpose(0, 2, 1, 3).astype(np.complex64), speed.astype(np.float32)
