@@ -1,13 +1,14 @@
 """The simulated channel prediction corpus: schema, splits, power, noise, Doppler, and the same bytes from the same seed."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from rankd_pipeline.radio.seeding import seeded
 from rankd_pipeline.ran_functions.channel_prediction.config import CATALOGUE, ChannelCorpusConfig
 from rankd_pipeline.ran_functions.channel_prediction.function import ChannelPrediction
 from rankd_pipeline.ran_functions.channel_prediction.patches import unpatchify
-from rankd_pipeline.ran_functions.channel_prediction.simulate import SetChannel, with_noise
+from rankd_pipeline.ran_functions.channel_prediction.simulate import SetChannel, delay_spread_ns, with_noise
 from rankd_pipeline.store.tensors import column_array
 
 FUNCTION = ChannelPrediction()
@@ -87,7 +88,7 @@ def test_features_are_the_truth_with_noise_20_db_below():
 def test_channels_have_unit_power_and_the_asked_shape_and_speed(name):
     item = CATALOGUE[name].model_copy(update={"instants": 8, "rows": 1, "cols": 4, "subcarriers": 16})
     with seeded(3):
-        h, speed = SetChannel(item).draw(400, np.random.default_rng(0))
+        h, speed, _ = SetChannel(item).draw(400, np.random.default_rng(0))
     assert h.shape == (400, 8, 4, 16)
     assert np.mean(np.abs(h) ** 2) == pytest.approx(1.0, abs=0.12)
     assert item.speed_kmh[0] <= speed.min() and speed.max() <= item.speed_kmh[1]
@@ -98,7 +99,7 @@ def test_a_faster_user_turns_faster_and_los_fades_less():
     change, spread = [], []
     for item in (still, fast, fast.model_copy(update={"los": False})):
         with seeded(3):
-            h, _ = SetChannel(item).draw(100, np.random.default_rng(0))
+            h, _, _ = SetChannel(item).draw(100, np.random.default_rng(0))
         change.append(np.mean(np.abs(h[:, 1:] - h[:, :-1]) ** 2))
         power = np.mean(np.abs(h) ** 2, axis=(1, 2))
         spread.append(np.std(power / power.mean(axis=1, keepdims=True)))
@@ -112,3 +113,32 @@ def test_stored_patches_are_the_channel(cfg, shards):
     assert h.shape == (12, 8, 8, 16)
     noisy = unpatchify(column_array(features["csi"])[:, :16], (2, 2, 4))
     assert np.mean(np.abs(noisy - h) ** 2) == pytest.approx(0.01, rel=0.2)
+
+
+def field(cfg, *shifts):
+    """(features, truth, configuration) of 40 samples of the field."""
+    world = FUNCTION.field_config(cfg, frozenset(shifts), 40)
+    tables = [FUNCTION.simulate(world, shard) for shard in FUNCTION.plan(world, 5)]
+    features, truth = (pa.concat_tables([pair[side] for pair in tables]) for side in (0, 1))
+    return *({name: column_array(t[name]) for name in t.column_names} for t in (features, truth)), world
+
+
+def test_the_field_is_the_deployed_set_and_each_shift_moves_what_it_says(cfg):
+    calm, truth, world = field(cfg)
+    assert set(calm["site"]) == {"D3-s"} and set(calm["task"]) == {"time"} and len(calm["site"]) == 40
+    assert calm["csi"].shape[1] == cfg.most_tokens  # rows of the field fit the corpus they may join
+    before = FUNCTION.field_context(world, calm, truth)
+    assert before["doppler_hz"].max() <= 10 / 3.6 * 1.5e9 / 299_792_458 and set(before["snr_db"]) == {20.0}
+    medians = {name: np.median(values) for name, values in before.items()}
+    for shift, moved in (("delay_spread_x3", "delay_spread_ns"), ("speed_60", "doppler_hz"), ("interference", "snr_db")):
+        features, clean, changed = field(cfg, shift)
+        after = {name: np.median(values) for name, values in FUNCTION.field_context(changed, features, clean).items()}
+        assert {name for name in after if not np.isclose(after[name], medians[name], rtol=0.05)} == {moved}
+        if shift == "delay_spread_x3":
+            assert after[moved] == pytest.approx(3 * medians[moved], rel=0.1)
+    assert set(field(cfg, "band_28")[0]["band_ghz"]) == {28.0}
+
+
+def test_the_delay_spread_of_two_equal_paths_is_half_their_distance():
+    found = delay_spread_ns(np.array([[1.0, 1.0, 0.0], [2.0, 0.0, 0.0]]), np.array([[0.0, 200e-9, 1e-3], [50e-9, 0.0, 0.0]]))
+    assert found == pytest.approx([100.0, 0.0])

@@ -1,6 +1,7 @@
 """Channel prediction at smoke scale through every step: groups of two shapes, a self-labelled corpus, an online teacher."""
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +9,17 @@ import pytest
 
 from rankd_pipeline.errors import RankdError
 from rankd_pipeline.evaluation.table import read_table
+from rankd_pipeline.ran_functions.registry import load_function
 from rankd_pipeline.settings import settings
 from rankd_pipeline.spec import Ablation, load_pipeline, validated
 from rankd_pipeline.steps.chain import STEPS
 from rankd_pipeline.steps.grid import grid
 from rankd_pipeline.steps.runner import open_store, run_step
 from rankd_pipeline.steps.summary import reached, summarise, tables_of
+from rankd_pipeline.steps.watch import report_drift, take_telemetry
+from rankd_pipeline.telemetry.contract import read_file, telemetry_schema
+from rankd_pipeline.telemetry.field import Play, play
+from rankd_pipeline.telemetry.windows import HOUR_S
 
 pytestmark = pytest.mark.xdist_group("channel_chain")
 
@@ -153,3 +159,37 @@ def test_a_grid_names_an_arm_that_is_not_there(made):
         grid(spec.model_copy(update={"ablation": Ablation()}), open_store(current), current, lambda text: None)
     with pytest.raises(RankdError, match="reference 'nobody' is not one of the arms"):
         validated(Ablation, {"arms": {"a": {}}, "reference": "nobody"}, "here")
+
+
+def test_the_field_is_played_and_faster_users_are_told(made):
+    """The bundle of the chain on new channels of its set: whole telemetry, and a change of speed is the Doppler's."""
+    current, spec, artifacts = made
+    small = spec.model_copy(
+        update={
+            "steps": spec.steps.model_copy(
+                update={
+                    "telemetry": spec.steps.telemetry.model_copy(update={"min_rows": 150}),
+                    "drift_report": spec.steps.drift_report.model_copy(update={"reference_windows": 2, "min_labelled": 20}),
+                }
+            )
+        }
+    )
+    function, store, steps = load_function(spec.function), open_store(current), small.steps
+    budget_us, folder = steps.latency_profile.budget_us, current.telemetry_dir(spec.pipeline)
+    start_s = (time.time() // HOUR_S - 24) * HOUR_S
+    for hour, shifts in enumerate((frozenset(), frozenset(), frozenset({"speed_60"}))):
+        wanted = Play(artifacts["deployment"].file("bundle"), shifts, 1, 150, 0.4, 3, start_s + hour * HOUR_S)
+        play(function, steps.corpus.simulation, budget_us, wanted, folder, workers=1)
+    cfg = function.corpus_config(steps.corpus.simulation)
+    rows, left_out = read_file(sorted(folder.glob("*.parquet"))[0], telemetry_schema(function, cfg, budget_us))
+    assert left_out == 0 and len(rows["time_s"]) == 150 and rows["output"].shape == (150, 2, 8, 128)
+    labelled = rows["has_label"]
+    truth = function.own_labels({name: rows[name] for name in ("csi", "grid", "task")})
+    assert 20 < labelled.sum() < 150 and np.array_equal(rows["label"][labelled], truth[labelled])
+    assert set(rows["task"]) == {"time"} and set(rows["site"]) == {"D3-s"}
+    take_telemetry(small, store, current)
+    report = report_drift(small, store, current)
+    windows = json.loads(report.file("drift.json").read_text())["windows"]
+    assert [window["state"] for window in windows] == ["reference", "reference", "judged"]
+    assert windows[-1]["causes"][0]["cause"] == "doppler", windows[-1]["why"]
+    assert windows[-1]["quality"]["score"] < windows[0]["quality"]["score"] - 3.0  # dB, with the sign of a score

@@ -40,7 +40,7 @@ class ChannelPrediction(RanFunction):
     secondary_metrics = (Metric("nmse_clean", "dB", higher_is_better=False, is_rate=False, aggregate=BY_SET_AND_TASK),)
     gap_baseline = "hold"
     self_labelled = True
-    code_versions = {"simulate": "4", "labels": "7", "networks": "5", "baselines": "4", "metrics": "2"}
+    code_versions = {"simulate": "5", "labels": "7", "networks": "5", "baselines": "4", "metrics": "3"}
 
     def corpus_config(self, raw: Mapping[str, Any]) -> ChannelCorpusConfig:
         return validated(ChannelCorpusConfig, dict(raw), "steps.corpus.simulation")
@@ -259,14 +259,11 @@ class ChannelPrediction(RanFunction):
         return field_config(cfg, shifts, rows)
 
     def field_context(self, cfg: ChannelCorpusConfig, features: Arrays, truth: Arrays) -> dict[str, np.ndarray]:
-        """Doppler of the user's own speed, delay spread of the noise-free channel, SNR of the known one."""
-        from rankd_pipeline.ran_functions.channel_prediction.metrics import delay_spread_ns
-
+        """Doppler of the user's own speed, delay spread of its paths, SNR of the known channel."""
         ghz = np.asarray(features["band_ghz"], np.float64)
-        spacing_khz = np.array([cfg.resolved[str(site)].spacing_khz for site in features["site"]])
         return {
             "doppler_hz": np.asarray(features["speed_kmh"], np.float64) / 3.6 * ghz * 1e9 / LIGHT_MPS,
-            "delay_spread_ns": delay_spread_ns(truth["csi_clean"], features["grid"], spacing_khz),
+            "delay_spread_ns": truth["delay_spread_ns"],
             "snr_db": np.full(len(ghz), cfg.snr_db),
         }
 

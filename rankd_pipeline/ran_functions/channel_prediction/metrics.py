@@ -24,7 +24,6 @@ from rankd_pipeline.ran_functions.channel_prediction.patches import (
     coordinates,
     hidden_patches,
     questions,
-    unpatchify,
     wanted_patches,
 )
 
@@ -42,21 +41,6 @@ def speed_bin(speed_kmh: np.ndarray) -> np.ndarray:
     """Names [n] of the speed ranges, km/h."""
     names = np.array([f"{low}-{high}" for low, high in zip(SPEED_EDGES_KMH[:-1], SPEED_EDGES_KMH[1:], strict=True)])
     return names[np.clip(np.searchsorted(SPEED_EDGES_KMH, speed_kmh, side="right") - 1, 0, len(names) - 1)]
-
-
-def delay_spread_ns(clean_nLE: np.ndarray, grid_n3: np.ndarray, spacing_khz_n: np.ndarray) -> np.ndarray:
-    """RMS delay spread [n] of noise-free channels, from how alike neighbouring subcarriers are.
-
-    The correlation over a spacing f is about 1 - (2 pi f s)^2 / 2 in magnitude for a spread s well below 1 / f.
-    """
-    found = np.zeros(len(clean_nLE))
-    for rows, grid, _ in questions(grid_n3, np.full(len(grid_n3), "frequency")):
-        h = unpatchify(clean_nLE[rows][:, : int(np.prod(grid))].astype(np.float32), grid)
-        alike = np.abs((h[..., 1:] * h[..., :-1].conj()).mean(axis=(1, 2, 3)))
-        power = np.sqrt((np.abs(h[..., 1:]) ** 2).mean(axis=(1, 2, 3)) * (np.abs(h[..., :-1]) ** 2).mean(axis=(1, 2, 3)))
-        lost = np.maximum(0.0, 1.0 - alike / np.maximum(power, 1e-12))
-        found[rows] = np.sqrt(2.0 * lost) / (2.0 * np.pi * spacing_khz_n[rows] * 1e3) * 1e9
-    return found
 
 
 def answered(predicted: np.ndarray) -> np.ndarray:

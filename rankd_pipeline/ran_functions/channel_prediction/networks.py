@@ -211,7 +211,8 @@ class MaskedHead(RegressionHead):
     """WiFo's loss: the mean squared magnitude of the error over the complex entries of all wanted patches.
 
     That is twice the mean over the real numbers. Unlike the NMSE of each sample it weighs a strong channel more, as the
-    published loss does, unless the view has a `weight` [B, 1, 1]. Padding (patches of zeros, which a received channel never has) takes no part in the interval.
+    published loss does, unless the view has a `weight` [B, 1, 1]. Padding (patches of zeros, which a received channel never
+    has) takes no part in the interval.
     """
 
     def supervised_loss(self, outputs: Tensor, batch: Mapping[str, Tensor]) -> Tensor:

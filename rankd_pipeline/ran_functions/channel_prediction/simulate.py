@@ -85,9 +85,8 @@ def simulate_shard(cfg: ChannelCorpusConfig, shard: Shard) -> tuple[pa.Table, pa
         channel = SetChannel(channel_set)
         counts = [min(cfg.batch_samples, shard.samples - start) for start in range(0, shard.samples, cfg.batch_samples)]
         batches = [channel.draw(count, rng) for count in counts]
-    clean = np.concatenate([h for h, _ in batches])
-    speed_kmh = np.concatenate([speed for _, speed in batches])
-    return tables(cfg, shard, clean, with_noise(clean, cfg.snr_db, rng), speed_kmh, "sionna")
+    clean, speed_kmh, spread_ns = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+    return tables(cfg, shard, clean, with_noise(clean, cfg.snr_db, rng), speed_kmh, spread_ns, "sionna")
 
 
 def _imported_shard(cfg: ChannelCorpusConfig, choice: SetChoice, shard: Shard) -> tuple[pa.Table, pa.Table]:
@@ -96,7 +95,7 @@ def _imported_shard(cfg: ChannelCorpusConfig, choice: SetChoice, shard: Shard) -
         clean = file.read(shard.first_of_set, shard.samples) * np.float32(file.scale())
     noisy = with_noise(clean, cfg.snr_db, np.random.default_rng([shard.seed, 1]))
     speed = np.full(shard.samples, np.mean(cfg.resolved[shard.name].speed_kmh))
-    return tables(cfg, shard, clean, noisy, speed, Path(str(choice.file)).stem)
+    return tables(cfg, shard, clean, noisy, speed, np.full(shard.samples, np.nan), Path(str(choice.file)).stem)
 
 
 def _file_of(choice: SetChoice) -> ChannelFile:
@@ -111,8 +110,9 @@ def with_noise(clean: np.ndarray, snr_db: float, rng: np.random.Generator) -> np
 
 
 def tables(
-    cfg: ChannelCorpusConfig, shard: Shard, clean: np.ndarray, noisy: np.ndarray, speed_kmh: np.ndarray, source: str
-) -> tuple[pa.Table, pa.Table]:
+    cfg: ChannelCorpusConfig, shard: Shard, clean: np.ndarray, noisy: np.ndarray, speed_kmh: np.ndarray, spread_ns: np.ndarray,
+    source: str,
+) -> tuple[pa.Table, pa.Table]:  # fmt: skip
     """Features and truth of a shard of complex channels [n, T, N, K]; patches are padded with zeros to the largest grid.
 
     Every sample is a drop of its own. Its `task` is the question that a validation or calibration row asks; training
@@ -143,7 +143,13 @@ def tables(
         "csi": tensor_array(padded(patchify(noisy), cfg.most_tokens)),
         "csi_mask": tensor_array(_present(n, item.tokens, cfg.most_tokens)),
     })  # fmt: skip
-    truth = pa.table({"sample_id": sample_id, "csi_clean": tensor_array(padded(patchify(clean), cfg.most_tokens))})
+    truth = pa.table(
+        {
+            "sample_id": sample_id,
+            "csi_clean": tensor_array(padded(patchify(clean), cfg.most_tokens)),
+            "delay_spread_ns": pa.array(spread_ns.astype(np.float32)),  # NaN where a file does not tell
+        }
+    )
     return features, truth
 
 
@@ -174,8 +180,8 @@ class SetChannel:
             self.model = model(carrier_hz, ut, bs, "downlink", **options)
         self.frequencies_hz = torch.arange(channel_set.subcarriers, dtype=torch.float32) * channel_set.spacing_khz * 1e3
 
-    def draw(self, samples: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """(complex64 [samples, T, N, K] of unit expected power, speed in km/h [samples])."""
+    def draw(self, samples: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(complex64 [samples, T, N, K] of unit expected power, speed in km/h [samples], RMS delay spread in ns [samples])."""
         item = self.set
         bs_m, ut_m, nearest, farthest = GEOMETRY[item.scenario]
         radius = np.sqrt(rng.uniform(nearest**2, farthest**2, samples))
@@ -195,6 +201,15 @@ class SetChannel:
             los=item.los,
         )
         gains, delays = self.model(item.instants, 1e3 / item.sampling_ms)[:2]
-        h = cir_to_ofdm_channel(self.frequencies_hz, gains, delays * item.delay_scale)  # [B, rx, rx_ant, tx, tx_ant, T, K]
+        delays = delays * item.delay_scale
+        h = cir_to_ofdm_channel(self.frequencies_hz, gains, delays)  # [B, rx, rx_ant, tx, tx_ant, T, K]
         h_BNTK = h[:, 0, 0, 0].numpy()
-        return h_BNTK.transpose(0, 2, 1, 3).astype(np.complex64), speed.astype(np.float32)
+        spread_ns = delay_spread_ns((gains[:, 0, 0, 0].abs() ** 2).mean(dim=(1, 3)).numpy(), delays[:, 0, 0].numpy())
+        return h_BNTK.transpose(0, 2, 1, 3).astype(np.complex64), speed.astype(np.float32), spread_ns
+
+
+def delay_spread_ns(power: np.ndarray, delay_s: np.ndarray) -> np.ndarray:
+    """RMS delay spread [n] of paths [n, paths] (TR 38.901, annex A)."""
+    share = power / power.sum(axis=1, keepdims=True)
+    mean_s = (share * delay_s).sum(axis=1)
+    return np.sqrt(np.maximum(0.0, (share * delay_s**2).sum(axis=1) - mean_s**2)) * 1e9
