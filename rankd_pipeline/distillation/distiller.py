@@ -57,10 +57,12 @@ class Apprentice(nn.Module):
         for name in ("passes", "steps_in_phase", "phase_seen"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
         self.turns: list[Turn] = []
+        self.passes_in_all = 0
 
     def before_epoch(self, validations: Sequence[float | None]) -> None:
         """Take the turn that the validation losses so far call for."""
         self.turns = turns(validations, self.epochs, self.cfg.schedule)
+        self.passes_in_all = int(self.passes)
 
     def losses(self, views: Views) -> list[tuple[Tensor, Tensor | None]]:
         """(student's output, distillation loss or None in an autonomous epoch) of each view of a batch."""
@@ -73,6 +75,7 @@ class Apprentice(nn.Module):
             self._passive(view, reselect and number == 0) for number, view in enumerate(views)
         ]
         self.passes += self.view.passes - before
+        self.passes_in_all += self.view.passes - before
         return found
 
     def _passive(self, view: Mapping[str, Tensor], reselect: bool) -> tuple[Tensor, Tensor]:
@@ -93,9 +96,12 @@ class Apprentice(nn.Module):
         return step % self.cfg.mcakd.selection.reselect_every == 0
 
     def record(self) -> dict[str, Any]:
-        """What went on: the phase of each epoch with its reason, the teacher's passes in samples, the chosen dimensions."""
+        """What went on: the phase of each epoch with its reason, the teacher's passes in samples, the chosen dimensions.
+
+        All passes count, also those behind the epoch whose weights (and buffers) a fit ends with.
+        """
         return {
-            "phases": [asdict(turn) for turn in self.turns], "teacher_passes": int(self.passes),
+            "phases": [asdict(turn) for turn in self.turns], "teacher_passes": self.passes_in_all,
             "selection": {} if self.mcakd is None else self.mcakd.selection(),
             "widths": {} if self.mcakd is None else self.view.feature_widths(),
         }  # fmt: skip

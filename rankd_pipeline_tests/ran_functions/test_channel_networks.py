@@ -141,7 +141,7 @@ def test_an_aligned_network_turns_with_its_channel(task):
     with torch.no_grad():
         plain, turned = (network(**asked(x, task)).numpy() for x in (h, h * ramp))
     by_hand = plain.view(np.complex64) * np.ascontiguousarray(hidden).view(np.complex64)
-    assert np.allclose(turned.view(np.complex64), by_hand, atol=1e-4)
+    assert np.allclose(turned.view(np.complex64), by_hand, rtol=1e-3, atol=1e-3)
 
 
 def test_a_lone_path_is_the_same_to_every_aligned_network():
@@ -149,11 +149,12 @@ def test_a_lone_path_is_the_same_to_every_aligned_network():
     t, a, k = np.ogrid[:8, :4, :16]
     h = np.stack([0.2 * np.exp(1j * (0.1 * t + 2.0 * a - 1.1 * k)), 3.0 * np.exp(1j * (-2.2 * t + 0.7 * k + 1.0 + 0 * a))])
     inputs = asked(h.astype(np.complex64), "time")
-    turn = Turn.of(inputs["visible_patches"], inputs["visible_at"])
-    seen = turn.into(inputs["visible_patches"], inputs["visible_at"])
+    at = inputs["visible_at"]
+    seen, turn = Turn.of(inputs["visible_patches"], at, at)
     assert np.allclose(np.ascontiguousarray(seen.numpy()).view(np.complex64), 1.0, atol=1e-4)
     assert np.allclose(turn.step_B3.numpy(), [[0.1, 2.0, -1.1], [-2.2, 0.0, 0.7]], atol=1e-4)
-    assert np.allclose(turn.back(seen, inputs["visible_at"]).numpy(), inputs["visible_patches"].numpy(), atol=1e-4)
+    assert np.allclose(turn.back(seen).numpy(), inputs["visible_patches"].numpy(), atol=1e-4)
+    assert np.allclose(turn.into(turn.back(seen)).numpy(), seen.numpy(), atol=1e-4)
 
 
 @pytest.mark.parametrize("task", ["time", "frequency"])

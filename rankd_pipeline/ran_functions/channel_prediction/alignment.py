@@ -4,8 +4,8 @@ A user at another speed or distance multiplies the channel by a phase that is li
 sum of such ramps, which an autoregressive model continues. A network between `Turn.into` and `Turn.back`, which learns the
 change against `continued`, need not learn either for every carrier, speed and delay anew.
 
-Shapes: B samples, V visible and M wanted patches, E = 2 * PATCH**3 real numbers a patch. Complex numbers are pairs of real
-tensors, because ONNX has no others.
+Shapes: B samples, V visible and M wanted patches, E = 2 * PATCH**3 real numbers a patch. Complex numbers stand as real ones,
+because ONNX has no others.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from rankd_pipeline.ran_functions.channel_prediction.config import ELEMENTS, PATCH
 
-Complex = tuple[Tensor, Tensor]
 ORDER = PATCH - 1
 """Of the autoregressive model: its windows lie within one patch, so that any mask leaves some."""
 REACH = 4
@@ -30,42 +29,61 @@ class Turn:
     A user who moves at another speed, or stands at another distance, multiplies the channel by a phase that is linear in
     time, or frequency; where all paths share it, only this ramp differs between carriers, speeds and cells.
     step_B3: phase from one instant, antenna, subcarrier to the next, rad; of the sum of all lag-one products that lie
-    within a visible patch, so any mask will do. phase_B: what is left, rad. level_B: root of the mean power.
+    within a visible patch, so any mask will do. re_BMn, im_BMn: what each wanted entry is multiplied by on the way back.
+    level_B: root of the mean power.
     """
 
     step_B3: Tensor
-    phase_B: Tensor
+    re_BMn: Tensor
+    im_BMn: Tensor
     level_B: Tensor
 
     @staticmethod
-    def of(patches_BVE: Tensor, at_BV3: Tensor) -> "Turn":
-        """From what is visible."""
+    def of(patches_BVE: Tensor, visible_at: Tensor, wanted_at: Tensor) -> "tuple[Tensor, Turn]":
+        """The visible patches as the network sees them, and the turn for the wanted ones."""
         re, im = _parts(patches_BVE.float())
-        steps = []
-        for axis in (2, 3, 4):
-            (a, b), (c, d) = ((part.narrow(axis, 1, PATCH - 1), part.narrow(axis, 0, PATCH - 1)) for part in (re, im))
-            steps.append(torch.atan2(_total(c * b - a * d), _total(a * b + c * d)))
-        level = torch.sqrt(_total(re * re + im * im) / (re[0].numel())).clamp_min(1e-6)
-        only_steps = Turn(torch.stack(steps, dim=1), torch.zeros_like(level), level)
-        re, im = _parts(only_steps.into(patches_BVE, at_BV3))
-        return Turn(only_steps.step_B3, torch.atan2(_total(im), _total(re)), level)
+        step = _mean_steps(re, im)
+        seen = visible_at.shape[1]
+        inside = torch.cartesian_prod(*[torch.arange(PATCH, dtype=torch.float32, device=re.device)] * 3)
+        to_patch = (PATCH * torch.cat([visible_at, wanted_at], dim=1).float() * step[:, None]).sum(dim=-1)
+        angle = to_patch[..., None] + (inside * step[:, None]).sum(dim=-1)[:, None]
+        cos, sin = torch.cos(angle), torch.sin(angle)
+        level = torch.sqrt((re * re + im * im).mean(dim=(1, 2, 3, 4))).clamp_min(1e-6)
+        re, im = _rotated(re.flatten(2), im.flatten(2), cos[:, :seen], -sin[:, :seen])
+        total_re, total_im = re.sum(dim=(1, 2)), im.sum(dim=(1, 2))
+        size = torch.sqrt(total_re**2 + total_im**2).clamp_min(1e-9)
+        u_re, u_im = ((part / size * level)[:, None, None] for part in (total_re, total_im))
+        turn = Turn(step, *_rotated(cos[:, seen:], sin[:, seen:], u_re, u_im), level)
+        return _joined(*_rotated(re, im, u_re, -u_im)) / (level * level)[:, None, None], turn
 
-    def into(self, patches_BLE: Tensor, at_BL3: Tensor) -> Tensor:
-        """The patches [B, L, E] as the network sees them."""
-        return self._applied(patches_BLE, at_BL3, -1.0) / self.level_B[:, None, None]
+    def back(self, patches_BME: Tensor) -> Tensor:
+        """Wanted patches [B, M, E] out of the network's frame."""
+        re, im = _parts(patches_BME.float())
+        return _joined(*_rotated(re.flatten(2), im.flatten(2), self.re_BMn, self.im_BMn))
 
-    def back(self, patches_BLE: Tensor, at_BL3: Tensor) -> Tensor:
-        """The inverse of `into`."""
-        return self._applied(patches_BLE, at_BL3, 1.0) * self.level_B[:, None, None]
+    def into(self, patches_BME: Tensor) -> Tensor:
+        """The inverse of `back`."""
+        re, im = _parts(patches_BME.float())
+        return _joined(*_rotated(re.flatten(2), im.flatten(2), self.re_BMn, -self.im_BMn)) / (self.level_B**2)[:, None, None]
 
-    def _applied(self, patches: Tensor, at: Tensor, sign: float) -> Tensor:
-        inside = torch.arange(PATCH, dtype=torch.float32, device=at.device)
-        ramps = [self.step_B3[:, i, None, None] * (PATCH * at[..., i, None].float() + inside) for i in range(3)]
-        angle = ramps[0][..., :, None, None] + ramps[1][..., None, :, None] + ramps[2][..., None, None, :]
-        angle = angle + self.phase_B[:, None, None, None, None]
-        cos, sin = torch.cos(angle), sign * torch.sin(angle)
-        re, im = _parts(patches.float())
-        return torch.stack([re * cos - im * sin, re * sin + im * cos], dim=-1).flatten(2)
+
+def _mean_steps(re: Tensor, im: Tensor) -> Tensor:
+    """Phase [B, 3] of the mean lag-one product along instants, antennas and subcarriers."""
+    sums = []
+    for axis in (2, 3, 4):
+        (a, b), (c, d) = ((part.narrow(axis, 1, PATCH - 1), part.narrow(axis, 0, PATCH - 1)) for part in (re, im))
+        sums.append([(x * y + z * w).sum(dim=(1, 2, 3, 4)) for x, y, z, w in ((a, b, c, d), (c, b, -a, d))])
+    return torch.atan2(*(torch.stack([pair[i] for pair in sums], dim=1) for i in (1, 0)))
+
+
+def _rotated(re: Tensor, im: Tensor, by_re: Tensor, by_im: Tensor) -> tuple[Tensor, Tensor]:
+    """A complex product."""
+    return re * by_re - im * by_im, re * by_im + im * by_re
+
+
+def _joined(re: Tensor, im: Tensor) -> Tensor:
+    """Patches [B, L, E] from real and imaginary parts [B, L, PATCH**3]."""
+    return torch.stack([re, im], dim=-1).flatten(2)
 
 
 def continued(patches_BVE: Tensor, visible_at: Tensor, wanted_at: Tensor, ridge: float = 1e-2) -> Tensor:
@@ -76,102 +94,104 @@ def continued(patches_BVE: Tensor, visible_at: Tensor, wanted_at: Tensor, ridge:
     """
     re, im = _parts(patches_BVE.float())
     away = (wanted_at[:, :, None] - visible_at[:, None]).float().abs() * torch.tensor([1.0, 4.0, 1.0], device=re.device)
-    nearest_BM = away.sum(dim=-1).argmin(dim=-1)
-    offset_BM3 = wanted_at.float() - visible_at.float().gather(1, nearest_BM[..., None].expand(-1, -1, 3))
-    source = _parts(patches_BVE.float().gather(1, nearest_BM[..., None].expand(-1, -1, ELEMENTS)))
-    values = source
-    for axis, number in ((4, 2), (2, 0)):  # time last: where both differ, it counts
-        weights = several_steps(fitted((re, im), axis, ridge), REACH * PATCH)
-        ahead = offset_BM3[..., number]
-        run = _run(source, axis, ahead, weights)
-        values = tuple(torch.where((ahead != 0)[..., None, None, None], new, old) for new, old in zip(run, values, strict=True))
-    bound = torch.sqrt((re * re + im * im).flatten(1).amax(dim=1))[:, None, None, None, None]
-    shrink = torch.clamp(bound / torch.sqrt(values[0] ** 2 + values[1] ** 2).clamp_min(1e-9), max=1.0)
-    return torch.stack([values[0] * shrink, values[1] * shrink], dim=-1).flatten(2)
+    nearest_BM1 = away.sum(dim=-1).argmin(dim=-1, keepdim=True)
+    offset_BM3 = wanted_at.float() - visible_at.float().gather(1, nearest_BM1.expand(-1, -1, 3))
+    source = patches_BVE.float().gather(1, nearest_BM1.expand(-1, -1, ELEMENTS))
+    lines = torch.stack([_lines(patches_BVE.float(), axis).flatten(1, 2) for axis in (0, 2)], dim=1)
+    weights = several_steps(fitted(lines.transpose(-1, -2).contiguous(), ridge)).flatten(3)
+    over_time = offset_BM3[..., :1] != 0
+    ahead = torch.where(over_time, offset_BM3[..., :1], offset_BM3[..., 2:])
+    of_axis = torch.where(over_time[..., None], _lines(source, 0), _lines(source, 2))
+    step_BMP = _steps_ahead(ahead)
+    at_step = step_BMP + torch.where(over_time, 0, REACH * PATCH)
+    chosen = weights.flatten(1, 2).gather(1, at_step.flatten(1)[..., None].expand(-1, -1, 4 * ORDER))
+    run = _run(of_axis, ahead[..., None] >= 0, chosen.unflatten(1, step_BMP.shape[1:]).unflatten(-1, (2, 2 * ORDER)))
+    values = torch.where(over_time, _unlined(run, 0), _unlined(run, 2))
+    values = torch.where(ahead != 0, values, source).unflatten(-1, (-1, 2))
+    bound = torch.sqrt((re * re + im * im).flatten(1).amax(dim=1))[:, None, None, None]
+    size = torch.sqrt((values * values).sum(dim=-1, keepdim=True)).clamp_min(1e-9)
+    return (values * torch.clamp(bound / size, max=1.0)).flatten(2)
 
 
-def fitted(x: Complex, axis: int, ridge: float) -> list[Complex]:
-    """Weights [B] of the three entries before (oldest first) in the one that follows, along an axis of x [B, V, t, a, k]."""
-    entries = [tuple(part.select(axis, i) for part in x) for i in range(PATCH)]
-    backwards = [(re, -im) for re, im in reversed(entries)]
-    windows = [tuple(torch.cat([part.flatten(1) for part in parts], dim=1) for parts in zip(*pair, strict=True))
-               for pair in zip(entries, backwards, strict=True)]  # fmt: skip
+def fitted(windows: Tensor, ridge: float) -> Tensor:
+    """Weights [..., 2, 6] (re and im of what follows, from the state) from windows [..., 8, n] of four entries each.
 
-    def inner(a: Complex, b: Complex) -> Complex:
-        re, im = _times((a[0], -a[1]), b)
-        return re.sum(dim=1), im.sum(dim=1)
-
-    rows = [[inner(windows[i], windows[j]) for j in range(PATCH)] for i in range(ORDER)]
-    loading = ridge * torch.stack([rows[i][i][0] for i in range(ORDER)]).mean(dim=0) + 1e-9
-    for i in range(ORDER):
-        rows[i][i] = (rows[i][i][0] + loading, rows[i][i][1])
-    return _solved(rows)
-
-
-def several_steps(weights: list[Complex], steps: int) -> Complex:
-    """Weights [B, steps, 3] of the same three entries in the one `steps` later, for 1, 2, ... steps."""
-    found = [weights]
-    for _ in range(steps - 1):
-        oldest, middle, newest = found[-1]
-        by = [_times(newest, weight) for weight in weights]
-        found.append([by[0], _plus(oldest, by[1]), _plus(middle, by[2])])
-    return tuple(torch.stack([torch.stack([w[part] for w in row], dim=-1) for row in found], dim=1) for part in (0, 1))
-
-
-def _run(source: Complex, axis: int, ahead_BM: Tensor, weights: Complex) -> Complex:
-    """The patches [B, M, t, a, k] that lie `ahead` patches from their sources along an axis; any value where that is zero."""
-    forward = (ahead_BM >= 0)[..., None, None]
-    last = [tuple(part.select(axis, i) for part in source) for i in range(PATCH)]
-    state = [
-        (torch.where(forward, now[0], back[0]), torch.where(forward, now[1], -back[1]))
-        for now, back in zip(last[1:], reversed(last[:-1]), strict=True)
-    ]
-    inside = torch.arange(PATCH, device=ahead_BM.device)
-    within = torch.where((ahead_BM >= 0)[..., None], inside, PATCH - 1 - inside)
-    step_BMP = (PATCH * (ahead_BM.abs() - 1.0)[..., None] + within).clamp(0, REACH * PATCH - 1).long()
-    re, im = [], []
-    for i in range(PATCH):
-        chosen = [part.gather(1, step_BMP[..., i, None].expand(-1, -1, ORDER))[..., None, None] for part in weights]
-        terms = [_times((chosen[0][:, :, j], chosen[1][:, :, j]), state[j]) for j in range(ORDER)]
-        re.append(terms[0][0] + terms[1][0] + terms[2][0])
-        im.append(terms[0][1] + terms[1][1] + terms[2][1])
-    sign = torch.where(forward, 1.0, -1.0)[..., None]
-    return torch.stack(re, dim=axis), sign * torch.stack(im, dim=axis)
+    Entries are given as four real, then four imaginary parts; the state likewise as the three before, the oldest first.
+    """
+    square = (windows[..., :, None, :] * windows[..., None, :, :]).sum(dim=-1)
+    rr, ri, ir, ii = (square[..., i : i + PATCH, j : j + PATCH] for i in (0, PATCH) for j in (0, PATCH))
+    # Correlations conj(x_i) x_j; a window read backwards and conjugated has them mirrored at the antidiagonal.
+    reverse = torch.arange(PATCH - 1, -1, -1, device=windows.device)
+    re, im = (part + part[..., reverse, :][..., reverse].transpose(-1, -2) for part in (rr + ii, ri - ir))
+    gram = torch.cat(
+        [
+            torch.cat([re[..., :ORDER, :ORDER], -im[..., :ORDER, :ORDER], re[..., :ORDER, ORDER:]], dim=-1),
+            torch.cat([im[..., :ORDER, :ORDER], re[..., :ORDER, :ORDER], im[..., :ORDER, ORDER:]], dim=-1),
+        ],
+        dim=-2,
+    )
+    unit = torch.eye(2 * ORDER, device=windows.device)
+    level = (gram[..., : 2 * ORDER] * unit).sum(dim=(-1, -2), keepdim=True) / (2 * ORDER)
+    gram = gram + (ridge * level + 1e-9) * torch.nn.functional.pad(unit, (0, 1))
+    for i in range(2 * ORDER):  # Gauss and Jordan; positive definite, so that no pivot vanishes
+        row = gram[..., i : i + 1, :] / gram[..., i : i + 1, i : i + 1]
+        gram = gram - (gram[..., i : i + 1] - unit[:, i : i + 1]) * row
+    wr, wi = gram[..., :ORDER, -1], gram[..., ORDER:, -1]
+    return torch.stack([torch.cat([wr, -wi], dim=-1), torch.cat([wi, wr], dim=-1)], dim=-2)
 
 
-def _solved(rows: list[list[Complex]]) -> list[Complex]:
-    """x of A x = b from the rows [A | b] of a Hermitian, positive definite A, by elimination."""
-    size = len(rows)
-    for i in range(size):
-        pivot = rows[i][i][0]
-        rows[i] = [(re / pivot, im / pivot) for re, im in rows[i]]
-        for j in range(size):
-            if j != i:
-                factor = rows[j][i]
-                rows[j] = [_minus(entry, _times(factor, above)) for entry, above in zip(rows[j], rows[i], strict=True)]
-    return [row[-1] for row in rows]
+def several_steps(weights: Tensor) -> Tensor:
+    """Weights [..., REACH * PATCH, 2, 6] of the same state in the entries one, two, ... steps later, from those of one step."""
+    shift = torch.zeros(*weights.shape[:-2], ORDER - 1, 2 * ORDER, device=weights.device)
+    ahead = torch.eye(2 * ORDER, device=weights.device)
+    rows = [shift + ahead[1:ORDER], weights[..., :1, :], shift + ahead[ORDER + 1 :], weights[..., 1:, :]]
+    power, found = torch.cat(rows, dim=-2), weights
+    while found.shape[-2] < 2 * REACH * PATCH:
+        found = torch.cat([found, _product(found, power)], dim=-2)
+        power = _product(power, power)
+    return found.unflatten(-2, (REACH * PATCH, 2))
 
 
-def _times(a: Complex, b: Complex) -> Complex:
-    return a[0] * b[0] - a[1] * b[1], a[0] * b[1] + a[1] * b[0]
+def _steps_ahead(ahead_BM1: Tensor) -> Tensor:
+    """How many steps less one lie between a source patch's edge and each entry of a patch `ahead` of it [B, M, PATCH]."""
+    inside = torch.arange(PATCH, device=ahead_BM1.device)
+    within = torch.where(ahead_BM1 >= 0, inside, PATCH - 1 - inside)
+    return (PATCH * (ahead_BM1.abs() - 1.0) + within).clamp(0, REACH * PATCH - 1).long()
 
 
-def _plus(a: Complex, b: Complex) -> Complex:
-    return a[0] + b[0], a[1] + b[1]
+def _run(source_BMl8: Tensor, forward: Tensor, weights: Tensor) -> Tensor:
+    """What follows the sources [B, M, lines, 8] along their lines, by weights [B, M, PATCH, 2, 6] of each entry."""
+    re, im = source_BMl8[..., :PATCH], source_BMl8[..., PATCH:]
+    reverse = torch.arange(PATCH - 2, -1, -1, device=re.device)
+    sign = torch.where(forward, 1.0, -1.0)
+    state = torch.cat(
+        [torch.where(forward, re[..., 1:], re[..., reverse]), sign * torch.where(forward, im[..., 1:], im[..., reverse])], dim=-1
+    )
+    parts = [(weights[:, :, None, :, i] * state[:, :, :, None]).sum(dim=-1) for i in (0, 1)]
+    return torch.cat([parts[0], sign * parts[1]], dim=-1)
 
 
-def _minus(a: Complex, b: Complex) -> Complex:
-    return a[0] - b[0], a[1] - b[1]
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Matrix product as sums: an integer form of the network would round a MatMul to eight bits."""
+    return (a[..., :, :, None] * b[..., None, :, :]).sum(dim=-2)
+
+
+def _lines(patches_BLE: Tensor, axis: int) -> Tensor:
+    """Patches as lines along time (axis 0) or frequency (2): [B, L, 16, 8], real parts, then imaginary ones."""
+    order = (0, 1, 3, 4, 5, 2) if axis == 0 else (0, 1, 2, 3, 5, 4)
+    return patches_BLE.unflatten(-1, (PATCH, PATCH, PATCH, 2)).permute(order).flatten(4).flatten(2, 3)
+
+
+def _unlined(lines: Tensor, axis: int) -> Tensor:
+    """The inverse of `_lines`."""
+    cut = lines.unflatten(-1, (2, PATCH)).unflatten(2, (PATCH, PATCH))  # [B, L, a, k, 2, t] or [B, L, t, a, 2, k]
+    return cut.permute((0, 1, 5, 2, 3, 4) if axis == 0 else (0, 1, 2, 3, 5, 4)).flatten(2)
 
 
 def _parts(patches_BLE: Tensor) -> tuple[Tensor, Tensor]:
     """Real and imaginary part [B, L, PATCH, PATCH, PATCH] along instants, antennas, subcarriers."""
     cut = patches_BLE.unflatten(-1, (PATCH, PATCH, PATCH, 2))
     return cut[..., 0], cut[..., 1]
-
-
-def _total(x: Tensor) -> Tensor:
-    return x.flatten(1).sum(dim=1)
 
 
 def mirrored(csi_BLE: Tensor, grid: Sequence[int]) -> Tensor:

@@ -111,21 +111,21 @@ class MaskedChannelTransformer(nn.Module):
         output = self._predict(view["visible_patches"], view["visible_at"], view["wanted_at"], found)
         label = view["label"].to(output.dtype)
         if found["turn"] is not None:
-            label = found["turn"].into(label, view["wanted_at"])
+            label = found["turn"].into(label)
         found["embedding"] = torch.cat([found["embedding"], self.embed(label)], dim=1)
         features = {name: found[name] for name in ("embedding", "encoder", "decoder")}
         return Internals(output, {name: tuple(found[f"{name}_maps"]) for name in ("encoder", "decoder")}, features)
 
     def _predict(self, patches: Tensor, visible_at: Tensor, wanted_at: Tensor, found: dict[str, Any] | None) -> Tensor:
-        turn = Turn.of(patches, visible_at) if self.align else None
-        if turn is not None:
-            patches = turn.into(patches, visible_at)
+        turn = start = None
+        if self.align:
+            patches, turn = Turn.of(patches, visible_at, wanted_at)
+            start = continued(patches, visible_at, wanted_at)
         embedded = self.embed(patches)
         x_BVD = self._through("encoder", embedded + self.place(visible_at), found)
         x_BVD = self.decoder_embed(self.encoder_norm(x_BVD))
         seen, wanted = visible_at.shape[1], wanted_at.shape[1]
         hidden = self.mask_token.to(x_BVD.dtype).expand(x_BVD.shape[0], wanted, -1)
-        start = continued(patches, visible_at, wanted_at) if turn is not None else None
         if start is not None:
             hidden = hidden + self.embed(start)
         x_BLD = torch.cat([x_BVD, hidden], dim=1) + self.place(torch.cat([visible_at, wanted_at], dim=1))
@@ -133,7 +133,7 @@ class MaskedChannelTransformer(nn.Module):
         if found is not None:
             found["embedding"], found["turn"] = embedded, turn
         predicted = self.head(self.decoder_norm(x_BLD[:, seen:]))
-        return predicted if turn is None else turn.back(start + predicted, wanted_at)
+        return predicted if turn is None or start is None else turn.back(start + predicted)
 
     def _through(self, stack: str, x: Tensor, found: dict[str, Any] | None) -> Tensor:
         if found is not None:
