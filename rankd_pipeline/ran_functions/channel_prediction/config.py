@@ -5,6 +5,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from rankd_pipeline.ran_functions.contract import Shift
+
 Scenario = Literal["UMi", "UMa", "RMa", "InH"]
 Task = Literal["time", "frequency"]
 PATCH = 4
@@ -217,10 +219,10 @@ class ChannelCorpusConfig(_Strict):
 
 # -- the field ------------------------------------------------------------------------------------------------------------
 SHIFTS = {
-    "speed_60": "users move at 55 to 65 km/h",
-    "delay_spread_x3": "all path delays, and so the delay spread, three times as long",
-    "band_28": "the carrier is refarmed to 28 GHz",
-    "interference": "another network on the carrier: the channel is known 10 dB worse",
+    "speed_60": Shift("users move at 55 to 65 km/h", "doppler"),
+    "delay_spread_x3": Shift("all path delays, and so the delay spread, three times as long", "delay_spread"),
+    "band_28": Shift("the carrier is refarmed to 28 GHz", "refarmed_band"),
+    "interference": Shift("another network on the carrier: the channel is known 10 dB worse", "power"),
 }
 
 
