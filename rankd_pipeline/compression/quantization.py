@@ -1,8 +1,8 @@
 """Static INT8 of a deployed ONNX file: per-channel weights, streamed calibration, everything else left in float.
 
-Only the inputs and weights of Gemm, MatMul and Conv are quantized (QDQ). Their outputs stay float, because eight-bit
-logits tie and a tie decides the argmax by chance; so do feature scaling (dBm spans more than 256 useful steps once
-missing values are filled), temperature and softmax.
+Only the inputs and weights of Gemm, MatMul and Conv are quantized (QDQ); a product of two activations has no weights.
+Their outputs stay float, because eight-bit logits tie and a tie decides the argmax by chance; so do feature scaling (dBm spans
+more than 256 useful steps once missing values are filled), temperature and softmax.
 """
 
 import contextlib
@@ -59,7 +59,7 @@ def quantize_int8(
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             calibrate_method=CalibrationMethod.MinMax,
-            extra_options={"OpTypesToExcludeOutputQuantization": list(QUANTIZED_OPS)},
+            extra_options={"OpTypesToExcludeOutputQuantization": list(QUANTIZED_OPS), "MatMulConstBOnly": True},
         )
     int8 = onnx.load(int8_path)
     _check_ranges(int8, int8_path)

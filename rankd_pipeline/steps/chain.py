@@ -48,7 +48,7 @@ CHAIN: tuple[StepInfo, ...] = (
              ("corpus", "oracle_labels", "teacher", "soft_labels", "calibration_scorecard"), "14", ("networks", "metrics"),
              ("torch",), ("calibration_scorecard",), reads=("corpus.simulation", "teacher.network")),
     StepInfo("quantized_onnx", "FP32 and INT8 ONNX with lineage inside; a gate",
-             ("corpus", "student", "calibration_scorecard"), "11", ("networks", "metrics"), ("torch", "onnx", "onnxruntime"),
+             ("corpus", "student", "calibration_scorecard"), "12", ("networks", "metrics"), ("torch", "onnx", "onnxruntime"),
              ("calibration_scorecard",),
              reads=("corpus.simulation", "student.network", "student.candidates", "latency_profile.budget_us",
                     "latency_profile.generated_c", "calibration_scorecard.resamples")),

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from rankd_pipeline.ran_functions.channel_prediction.config import ELEMENTS, PATCH
 
-ORDER = PATCH - 1
-"""Of the autoregressive model: its windows lie within one patch, so that any mask leaves some."""
+ORDER = 6
+"""Of the autoregressive model; its windows lie within two neighbouring patches."""
+STATE = [*range(2 * PATCH - ORDER, 2 * PATCH), *range(4 * PATCH - ORDER, 4 * PATCH)]
+"""Of a line over two patches, real parts and imaginary ones: what the next entry follows from."""
 REACH = 4
 """Patches that a run is continued over; behind them its last value stays."""
 
@@ -86,43 +88,65 @@ def _joined(re: Tensor, im: Tensor) -> Tensor:
     return torch.stack([re, im], dim=-1).flatten(2)
 
 
-def continued(patches_BVE: Tensor, visible_at: Tensor, wanted_at: Tensor, ridge: float = 1e-2) -> Tensor:
+def continued(patches_BVE: Tensor, visible_at: Tensor, wanted_at: Tensor, ridge: float = 1e-3) -> Tensor:
     """Each wanted patch [B, M, E] as the run of the nearest visible one, over time or, at the same time, over frequency.
 
-    Autoregressive models of order 3 along both axes, fitted to each sample by ridge least squares over the windows of all its
-    visible patches, forwards and (conjugated) backwards. Nothing gets larger than the largest entry that was seen.
+    Autoregressive models along both axes, fitted to each sample by ridge least squares over the windows of all pairs of
+    neighbouring visible patches, forwards and (conjugated) backwards. Where no pair leads to a wanted patch, the nearest patch
+    is repeated. Nothing gets larger than the largest entry that was seen.
     """
-    re, im = _parts(patches_BVE.float())
-    away = (wanted_at[:, :, None] - visible_at[:, None]).float().abs() * torch.tensor([1.0, 4.0, 1.0], device=re.device)
+    patches, visible, wanted = patches_BVE.float(), visible_at.float(), wanted_at.float()
+    away = (wanted[:, :, None] - visible[:, None]).abs() * torch.tensor([1.0, 4.0, 1.0], device=patches.device)
     nearest_BM1 = away.sum(dim=-1).argmin(dim=-1, keepdim=True)
-    offset_BM3 = wanted_at.float() - visible_at.float().gather(1, nearest_BM1.expand(-1, -1, 3))
-    source = patches_BVE.float().gather(1, nearest_BM1.expand(-1, -1, ELEMENTS))
-    lines = torch.stack([_lines(patches_BVE.float(), axis).flatten(1, 2) for axis in (0, 2)], dim=1)
-    weights = several_steps(fitted(lines.transpose(-1, -2).contiguous(), ridge)).flatten(3)
-    over_time = offset_BM3[..., :1] != 0
+    offset_BM3 = wanted - visible.gather(1, nearest_BM1.expand(-1, -1, 3))
+    pairs, paired = zip(*(_pairs(patches, visible, axis) for axis in (0, 2)), strict=True)
+    weights = several_steps(fitted(torch.stack([pair.flatten(1, 2) for pair in pairs], dim=1), ridge)).flatten(3)
+    over_time = offset_BM3[..., :1] > 0
     ahead = torch.where(over_time, offset_BM3[..., :1], offset_BM3[..., 2:])
-    of_axis = torch.where(over_time[..., None], _lines(source, 0), _lines(source, 2))
-    step_BMP = _steps_ahead(ahead)
+    step_BMP = (PATCH * (ahead - 1.0) + torch.arange(PATCH, device=ahead.device)).clamp(0, REACH * PATCH - 1).long()
     at_step = step_BMP + torch.where(over_time, 0, REACH * PATCH)
     chosen = weights.flatten(1, 2).gather(1, at_step.flatten(1)[..., None].expand(-1, -1, 4 * ORDER))
-    run = _run(of_axis, ahead[..., None] >= 0, chosen.unflatten(1, step_BMP.shape[1:]).unflatten(-1, (2, 2 * ORDER)))
-    values = torch.where(over_time, _unlined(run, 0), _unlined(run, 2))
-    values = torch.where(ahead != 0, values, source).unflatten(-1, (-1, 2))
-    bound = torch.sqrt((re * re + im * im).flatten(1).amax(dim=1))[:, None, None, None]
-    size = torch.sqrt((values * values).sum(dim=-1, keepdim=True)).clamp_min(1e-9)
+    lines = [pair.flatten(2).gather(1, nearest_BM1.expand(-1, -1, pair[0, 0].numel())) for pair in pairs]
+    state = torch.where(over_time, *lines).unflatten(-1, pairs[0].shape[2:])[..., STATE]
+    run = state @ chosen.unflatten(1, step_BMP.shape[1:]).unflatten(-1, (2, 2 * ORDER)).transpose(2, 3).flatten(2, 3).transpose(
+        -1, -2
+    )
+    known = torch.where(over_time, *(has.gather(1, nearest_BM1) for has in paired)) > 0
+    moves = known & (over_time | ((offset_BM3[..., :1] == 0) & (ahead > 0)))
+    source = patches.gather(1, nearest_BM1.expand(-1, -1, ELEMENTS))
+    values = torch.where(moves, torch.where(over_time, _unlined(run, 0), _unlined(run, 2)), source).unflatten(-1, (-1, 2))
+    bound = torch.sqrt(patches.unflatten(-1, (-1, 2)).square().sum(dim=-1).flatten(1).amax(dim=1))[:, None, None, None]
+    size = torch.sqrt(values.square().sum(dim=-1, keepdim=True)).clamp_min(1e-9)
     return (values * torch.clamp(bound / size, max=1.0)).flatten(2)
 
 
-def fitted(windows: Tensor, ridge: float) -> Tensor:
-    """Weights [..., 2, 6] (re and im of what follows, from the state) from windows [..., 8, n] of four entries each.
+def _pairs(patches: Tensor, at: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Lines [B, V, 16, 16] over the neighbour before each patch and itself, real parts, then imaginary ones; zeros without one.
 
-    Entries are given as four real, then four imaginary parts; the state likewise as the three before, the oldest first.
+    And whether there is one [B, V, 1].
     """
-    square = (windows[..., :, None, :] * windows[..., None, :, :]).sum(dim=-1)
-    rr, ri, ir, ii = (square[..., i : i + PATCH, j : j + PATCH] for i in (0, PATCH) for j in (0, PATCH))
-    # Correlations conj(x_i) x_j; a window read backwards and conjugated has them mirrored at the antidiagonal.
-    reverse = torch.arange(PATCH - 1, -1, -1, device=windows.device)
-    re, im = (part + part[..., reverse, :][..., reverse].transpose(-1, -2) for part in (rr + ii, ri - ir))
+    step = torch.zeros(3, device=at.device)
+    step[axis] = 1.0
+    match = ((at[:, :, None] - step - at[:, None]).abs().sum(dim=-1) < 0.5).float()
+    has = match.sum(dim=-1, keepdim=True)
+    before = patches.gather(1, match.argmax(dim=-1, keepdim=True).expand(-1, -1, ELEMENTS))
+    (re_0, im_0), (re_1, im_1) = (_lines(part, axis).split(PATCH, dim=-1) for part in (before, patches))
+    return torch.cat([re_0, re_1, im_0, im_1], dim=-1) * has[..., None], has
+
+
+def fitted(pairs: Tensor, ridge: float) -> Tensor:
+    """Weights [..., 2, 2 ORDER] (re and im of what follows, from the state) from lines [..., n, 4 PATCH] over two patches.
+
+    Lines are real parts, then imaginary ones; the state likewise, the ORDER entries before, the oldest first.
+    """
+    square = pairs.transpose(-1, -2) @ pairs
+    long = 2 * PATCH
+    rr, ri, ir, ii = (square[..., i : i + long, j : j + long] for i in (0, long) for j in (0, long))
+    # Correlations conj(x_i) x_j, of all windows; one read backwards and conjugated has them mirrored at the antidiagonal.
+    windows = range(long - ORDER)
+    reverse = torch.arange(ORDER, -1, -1, device=pairs.device)
+    re, im = (sum(part[..., i : i + ORDER + 1, i : i + ORDER + 1] for i in windows) for part in (rr + ii, ri - ir))
+    re, im = (part + part[..., reverse, :][..., reverse].transpose(-1, -2) for part in (re, im))
     gram = torch.cat(
         [
             torch.cat([re[..., :ORDER, :ORDER], -im[..., :ORDER, :ORDER], re[..., :ORDER, ORDER:]], dim=-1),
@@ -130,9 +154,9 @@ def fitted(windows: Tensor, ridge: float) -> Tensor:
         ],
         dim=-2,
     )
-    unit = torch.eye(2 * ORDER, device=windows.device)
+    unit = torch.eye(2 * ORDER, device=pairs.device)
     level = (gram[..., : 2 * ORDER] * unit).sum(dim=(-1, -2), keepdim=True) / (2 * ORDER)
-    gram = gram + (ridge * level + 1e-9) * torch.nn.functional.pad(unit, (0, 1))
+    gram = gram + (ridge * level + 1e-6) * torch.nn.functional.pad(unit, (0, 1))
     for i in range(2 * ORDER):  # Gauss and Jordan; positive definite, so that no pivot vanishes
         row = gram[..., i : i + 1, :] / gram[..., i : i + 1, i : i + 1]
         gram = gram - (gram[..., i : i + 1] - unit[:, i : i + 1]) * row
@@ -141,39 +165,15 @@ def fitted(windows: Tensor, ridge: float) -> Tensor:
 
 
 def several_steps(weights: Tensor) -> Tensor:
-    """Weights [..., REACH * PATCH, 2, 6] of the same state in the entries one, two, ... steps later, from those of one step."""
-    shift = torch.zeros(*weights.shape[:-2], ORDER - 1, 2 * ORDER, device=weights.device)
-    ahead = torch.eye(2 * ORDER, device=weights.device)
-    rows = [shift + ahead[1:ORDER], weights[..., :1, :], shift + ahead[ORDER + 1 :], weights[..., 1:, :]]
+    """Weights [..., REACH * PATCH, 2, 2 ORDER] of the same state in the entries one, two, ... steps later, from one step's."""
+    nothing = torch.zeros(*weights.shape[:-2], ORDER - 1, 2 * ORDER, device=weights.device)
+    unit = torch.eye(2 * ORDER, device=weights.device)
+    rows = [nothing + unit[1:ORDER], weights[..., :1, :], nothing + unit[ORDER + 1 :], weights[..., 1:, :]]
     power, found = torch.cat(rows, dim=-2), weights
     while found.shape[-2] < 2 * REACH * PATCH:
-        found = torch.cat([found, _product(found, power)], dim=-2)
-        power = _product(power, power)
+        found = torch.cat([found, found @ power], dim=-2)
+        power = power @ power
     return found.unflatten(-2, (REACH * PATCH, 2))
-
-
-def _steps_ahead(ahead_BM1: Tensor) -> Tensor:
-    """How many steps less one lie between a source patch's edge and each entry of a patch `ahead` of it [B, M, PATCH]."""
-    inside = torch.arange(PATCH, device=ahead_BM1.device)
-    within = torch.where(ahead_BM1 >= 0, inside, PATCH - 1 - inside)
-    return (PATCH * (ahead_BM1.abs() - 1.0) + within).clamp(0, REACH * PATCH - 1).long()
-
-
-def _run(source_BMl8: Tensor, forward: Tensor, weights: Tensor) -> Tensor:
-    """What follows the sources [B, M, lines, 8] along their lines, by weights [B, M, PATCH, 2, 6] of each entry."""
-    re, im = source_BMl8[..., :PATCH], source_BMl8[..., PATCH:]
-    reverse = torch.arange(PATCH - 2, -1, -1, device=re.device)
-    sign = torch.where(forward, 1.0, -1.0)
-    state = torch.cat(
-        [torch.where(forward, re[..., 1:], re[..., reverse]), sign * torch.where(forward, im[..., 1:], im[..., reverse])], dim=-1
-    )
-    parts = [(weights[:, :, None, :, i] * state[:, :, :, None]).sum(dim=-1) for i in (0, 1)]
-    return torch.cat([parts[0], sign * parts[1]], dim=-1)
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Matrix product as sums: an integer form of the network would round a MatMul to eight bits."""
-    return (a[..., :, :, None] * b[..., None, :, :]).sum(dim=-2)
 
 
 def _lines(patches_BLE: Tensor, axis: int) -> Tensor:

@@ -2,7 +2,7 @@
 
     hold          the last visible instant (or subcarrier), kept
     ar            an autoregressive model fitted to each sample's own visible part by ridge least squares over all antennas
-                  and subcarriers, then run on; order and ridge tuned on validation
+                  and subcarriers, forwards and (conjugated) backwards, then run on; order and ridge tuned on validation
     wiener        the linear predictor of least mean square error along the axis, from the covariance that the set has in
                   training (the steady state of a Kalman filter for it); a set never seen takes the mean of all
     lstm          two layers over time (frequency), antennas and subcarriers flattened
@@ -43,7 +43,7 @@ Grid = tuple[int, int, int]
 Series = Callable[[np.ndarray, int, str, Grid, np.ndarray], np.ndarray]
 """(visible [n, S, P], hidden places Q, task, grid, sites [n]) -> hidden [n, S, Q], complex."""
 
-ORDERS, RIDGES = (1, 2, 3, 4), (1e-3, 1e-2, 1e-1)
+ORDERS, RIDGES = (1, 2, 4, 6), (1e-3, 1e-2, 1e-1)
 LEARNED_FIT = {"epochs": 8, "batch_size": 64, "lr": 2e-3, "warmup_share": 0.05, "validate_every": 2, "clip_norm": 1.0}
 WEIGHTS = "weights.safetensors"
 
@@ -110,15 +110,18 @@ def hold(visible: np.ndarray, hidden: int, task: str, grid: Grid, sites: np.ndar
 
 
 def autoregressive(visible: np.ndarray, hidden: int, order: int, ridge: float) -> np.ndarray:
-    """Run an AR(order) model on, its coefficients fitted to each sample over all its series."""
+    """Run an AR(order) model on (of a lower order where there are too few places), fitted to each sample over all its series."""
     n, _, places = visible.shape
-    windows = np.stack([visible[..., i : places - order + i] for i in range(order)], axis=-1)  # [n, S, P - order, order]
-    x = windows.reshape(n, -1, order)
-    y = visible[..., order:].reshape(n, -1)
-    gram = np.einsum("nsi,nsj->nij", x.conj(), x)
+    order = min(order, places - 1)
+    parts = []
+    for way in (visible, visible[..., ::-1].conj()):
+        windows = np.stack([way[..., i : places - order + i] for i in range(order)], axis=-1)  # [n, S, P - order, order]
+        parts.append((windows.reshape(n, -1, order), way[..., order:].reshape(n, -1)))
+    x, y = (np.concatenate(both, axis=1) for both in zip(*parts, strict=True))
+    gram = x.conj().transpose(0, 2, 1) @ x
     level = np.einsum("nii->n", gram).real / order
     gram += (ridge * level + 1e-12)[:, None, None] * np.eye(order)
-    weights = np.linalg.solve(gram, np.einsum("nsi,ns->ni", x.conj(), y)[..., None])[..., 0]
+    weights = np.linalg.solve(gram, x.conj().transpose(0, 2, 1) @ y[..., None])[..., 0]
     # An unstable fit must not run away: nothing larger than what was seen.
     bound = np.abs(visible).max(axis=(1, 2))[:, None]
     state, found = visible[..., places - order :], []

@@ -18,7 +18,7 @@ from rankd_pipeline.distillation.heads import RegressionHead
 from rankd_pipeline.distillation.internals import Internals
 from rankd_pipeline.errors import RankdError
 from rankd_pipeline.ran_functions.channel_prediction.alignment import Turn, continued
-from rankd_pipeline.ran_functions.channel_prediction.config import ELEMENTS
+from rankd_pipeline.ran_functions.channel_prediction.config import ELEMENTS, PATCH
 
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"width": 64, "encoder_depth": 6, "decoder_depth": 4, "heads": 8, "expansion": 2},
@@ -46,8 +46,8 @@ class MaskedChannelTransformer(nn.Module):
     """A masked autoencoder: the encoder sees the visible patches, the decoder fills in the wanted ones.
 
     align: turn each sample by the mean Doppler, delay and angle of its visible part first, and back behind the last layer;
-    in between, the decoder is told the autoregressive run of the nearest visible patch, and what is learned is the change
-    against it (alignment.py). Not a part of WiFo, and without parameters.
+    in between, the decoder is told the autoregressive run of the nearest visible patch, and what is learned is how far to
+    trust each of its entries, and the change against it (alignment.py). Not a part of WiFo.
     """
 
     def __init__(
@@ -72,7 +72,9 @@ class MaskedChannelTransformer(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         if align:  # the start is the autoregressive run
-            nn.init.zeros_(self.head.weight)
+            self.trust = nn.Linear(width, PATCH**3)
+            for start in (self.head.weight, self.trust.weight, self.trust.bias):
+                nn.init.zeros_(start)
 
     def forward(self, visible_patches: Tensor, visible_at: Tensor, wanted_at: Tensor) -> Tensor:
         """Predict the wanted patches.
@@ -132,8 +134,12 @@ class MaskedChannelTransformer(nn.Module):
         x_BLD = self._through("decoder", x_BLD, found)
         if found is not None:
             found["embedding"], found["turn"] = embedded, turn
-        predicted = self.head(self.decoder_norm(x_BLD[:, seen:]))
-        return predicted if turn is None or start is None else turn.back(start + predicted)
+        x_BMD = self.decoder_norm(x_BLD[:, seen:])
+        predicted = self.head(x_BMD)
+        if turn is None or start is None:
+            return predicted
+        trusted = start.unflatten(-1, (-1, 2)) * (1.0 + self.trust(x_BMD))[..., None]
+        return turn.back(trusted.flatten(2) + predicted)
 
     def _through(self, stack: str, x: Tensor, found: dict[str, Any] | None) -> Tensor:
         if found is not None:
