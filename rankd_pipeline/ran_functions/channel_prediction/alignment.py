@@ -143,9 +143,11 @@ def fitted(pairs: Tensor, ridge: float) -> Tensor:
     long = 2 * PATCH
     rr, ri, ir, ii = (square[..., i : i + long, j : j + long] for i in (0, long) for j in (0, long))
     # Correlations conj(x_i) x_j, of all windows; one read backwards and conjugated has them mirrored at the antidiagonal.
-    windows = range(long - ORDER)
+    starts = range(long - ORDER)
     reverse = torch.arange(ORDER, -1, -1, device=pairs.device)
-    re, im = (sum(part[..., i : i + ORDER + 1, i : i + ORDER + 1] for i in windows) for part in (rr + ii, ri - ir))
+    re, im = (
+        torch.stack([part[..., i : i + ORDER + 1, i : i + ORDER + 1] for i in starts]).sum(dim=0) for part in (rr + ii, ri - ir)
+    )
     re, im = (part + part[..., reverse, :][..., reverse].transpose(-1, -2) for part in (re, im))
     gram = torch.cat(
         [
