@@ -232,7 +232,7 @@ def fit_sequence(kind: str, train: Arrays, val: Arrays, seed: int) -> Predictor:
                 folder.mkdir()
                 for name, csi in (("train", train["csi"][rows]), ("val", val["csi"][others])):
                     np.save(folder / f"{name}.npy", _vectors(_whole_series(csi, grid, task)), allow_pickle=False)
-                jobs[grid, task] = {"kind": kind, "seed": seed, "folder": str(folder)}
+                jobs[grid, task] = {"kind": kind, "seed": seed, "fit": LEARNED_FIT, "folder": str(folder)}
         map_processes(sequence_job, list(jobs.values()), settings().workers)
         networks = {question: load_sequence(job) for question, job in jobs.items()}
 
@@ -260,7 +260,7 @@ def sequence_job(job: Mapping[str, Any]) -> None:
         error = (module(batch["vectors"][:, :seen]) - wanted).square().flatten(1).sum(dim=1)
         return (error / wanted.square().flatten(1).sum(dim=1)).mean()
 
-    config = FitConfig.model_validate(LEARNED_FIT)
+    config = FitConfig.model_validate(job["fit"])
     fit(network, {"vectors": train}, loss, lambda module: float(loss(module, {"vectors": held})), config, job["seed"], folder)
     save_weights(network, folder / WEIGHTS)
 
