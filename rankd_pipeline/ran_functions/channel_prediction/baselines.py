@@ -44,7 +44,7 @@ Series = Callable[[np.ndarray, int, str, Grid, np.ndarray], np.ndarray]
 """(visible [n, S, P], hidden places Q, task, grid, sites [n]) -> hidden [n, S, Q], complex."""
 
 ORDERS, RIDGES = (1, 2, 4, 6), (1e-3, 1e-2, 1e-1)
-LEARNED_FIT = {"epochs": 8, "batch_size": 64, "lr": 2e-3, "warmup_share": 0.05, "validate_every": 2, "clip_norm": 1.0}
+LEARNED_FIT = {"epochs": 6, "batch_size": 64, "lr": 2e-3, "warmup_share": 0.05, "validate_every": 2, "clip_norm": 1.0}
 WEIGHTS = "weights.safetensors"
 
 

@@ -136,12 +136,15 @@ class ChannelPrediction(RanFunction):
     def training_inputs(self, features: Arrays) -> dict[str, np.ndarray]:
         return {"csi": np.asarray(features["csi"], np.float32), "grid": np.asarray(features["grid"], np.int16)}
 
-    def views(self, batch: Any, *, mirror: bool = False, balanced: bool = False, **options: Any) -> "list[dict[str, torch.Tensor]]":
+    def views(
+        self, batch: Any, *, mirror: bool = False, balanced: bool = False, random_mask: bool = True, **options: Any
+    ) -> "list[dict[str, torch.Tensor]]":
         """Three views of a batch of one grid: future time hidden, upper frequencies hidden, random patches hidden.
 
         mirror: each sample by chance run backwards in time, seen from the panel's other side, or conjugated with its
         subcarriers in reverse; each is a channel that might as well have been (Doppler or angle change sign).
         balanced: samples weigh by the inverse of their power, so that the loss is twice the mean NMSE.
+        random_mask: False leaves the third view out; its loss is several times that of the two tasks, and so is its noise.
         """
         import torch
 
@@ -152,9 +155,11 @@ class ChannelPrediction(RanFunction):
             csi = mirrored(csi[:, : math.prod(grid)], grid)
         at = torch.as_tensor(coordinates(grid), dtype=torch.float32, device=csi.device)
         csi, count = csi[:, : len(at)], len(csi)
-        order = torch.rand(count, len(at), device=csi.device).argsort(dim=1)
-        kept = random_kept(len(at))
-        masks = [(order[:, :kept], order[:, kept:])]
+        masks = []
+        if random_mask:
+            order = torch.rand(count, len(at), device=csi.device).argsort(dim=1)
+            kept = random_kept(len(at))
+            masks.append((order[:, :kept], order[:, kept:]))
         for task in TASKS:
             seen, wanted = (torch.as_tensor(part(grid, task), device=csi.device) for part in (visible_patches, wanted_patches))
             masks.append((seen.expand(count, -1), wanted.expand(count, -1)))
