@@ -51,7 +51,7 @@ class LinkAdaptation(RanFunction):
         Metric("settling_slots", "slots", higher_is_better=False, is_rate=False),
     )
     gap_baseline = "olla"
-    code_versions = {"simulate": "4", "labels": "4", "networks": "1", "baselines": "3", "metrics": "3"}
+    code_versions = {"simulate": "5", "labels": "5", "networks": "2", "baselines": "4", "metrics": "4"}
 
     def corpus_config(self, raw: Mapping[str, Any]) -> LinkCorpusConfig:
         return validated(LinkCorpusConfig, dict(raw), "steps.corpus.simulation")
