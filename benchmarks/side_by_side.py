@@ -310,7 +310,7 @@ def _estimation_call(variant: str, blocks: int) -> Row:
             work / "race",
         )  # fmt: skip
     tail = race.candidates[0].back_to_back
-    ours, eager = tail.p50_us if tail else float("nan"), _eager_p50_us(module, samples, 1000)
+    ours, eager = tail.p50_us if tail else float("nan"), eager_p50_us(module, samples, 1000)
     name = f"channel student call, {blocks} PRB, back to back p50, us"
     return Row(name, f"{ours:.1f} (generated C)", f"{eager:.0f} (PyTorch eager)", ours / eager, "< 1", ours < eager)
 
