@@ -5,7 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.promotion import trial, worlds
 from rankd_pipeline.evaluation.challenge import ChallengeRules, Evidence, decide, level_of_look, lower_bound
+from rankd_pipeline.spec import load_pipeline
 
 RULES = ChallengeRules(alpha=0.01, min_gain=0.005, max_forgetting=0.01, min_labelled=100, min_sessions=20)
 
@@ -75,3 +77,11 @@ def test_equal_models_are_hardly_ever_promoted_and_better_ones_are() -> None:
     equal = sum(decide(evidence(gain=0.0, seed=seed), RULES).promote for seed in range(300))
     better = sum(decide(evidence(gain=0.1, seed=seed), RULES).promote for seed in range(100))
     assert equal <= 2 and better >= 85
+
+
+@pytest.mark.parametrize("what", ["worse: noise", "worse: too few labels", "worse: biased labels", "equal"])
+def test_the_trials_of_the_benchmark_promote_none_of_these_and_some_that_are_better(what: str) -> None:
+    spec = load_pipeline("beam_management").at()
+    for kind, promoted in ((what, range(1)), ("better by 0.1", range(5, 13))):
+        found = [trial(worlds(kind, np.random.default_rng([seed, 1])), spec, seed) for seed in range(12)]
+        assert sum(decision.promote for decision in found) in promoted, [decision.reason for decision in found]

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 
+from rankd_pipeline.orchestration.lifeline import die_with
 from rankd_pipeline.settings import Settings
 
 SERVE = """
@@ -48,7 +49,8 @@ class Servers:
         self.port, self.mlflow_port, self.log = free_port(), free_port(), log
         with log.open("wb") as output:
             command = [sys.executable, "-c", SERVE, str(self.port), str(self.mlflow_port)]
-            self.process = subprocess.Popen(command, stdout=output, stderr=output, cwd=current.home)
+            ends = die_with(os.getpid(), signal.SIGTERM)  # also where the tests are killed
+            self.process = subprocess.Popen(command, stdout=output, stderr=output, cwd=current.home, preexec_fn=ends)
         self.until(lambda: "Ctrl-C stops both" in log.read_text(), 180)
 
     def until(self, done: Callable[[], Any], seconds: float) -> Any:
