@@ -3,6 +3,7 @@
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,7 +84,7 @@ def watched(pipeline: str, steps: Sequence[str], folder: Path) -> "Iterator[Call
         yield screen.note
 
 
-class _Screen:
+class _Screen(ABC):
     """Redraws from a thread of its own, because the main thread waits for the run."""
 
     period_s = 0.25
@@ -113,11 +114,11 @@ class _Screen:
             if self.board.note(event):
                 self.told(event)
 
+    @abstractmethod
     def draw(self) -> None:
         """Show the board as it is now."""
-        raise NotImplementedError
 
-    def told(self, event: "StepEvent") -> None:
+    def told(self, event: "StepEvent") -> None:  # noqa: B027  (a screen that only draws has nothing to add)
         """React to one event."""
 
 
