@@ -18,6 +18,8 @@ from rankd_pipeline.ran_functions.channel_prediction.config import ELEMENTS, PAT
 
 ORDER = 6
 """Of the autoregressive model; its windows lie within two neighbouring patches."""
+STATE = [*range(2 * PATCH - ORDER, 2 * PATCH), *range(4 * PATCH - ORDER, 4 * PATCH)]
+"""Of a line over two patches, real parts and imaginary ones: what the next entry follows from."""
 REACH = 4
 """Patches that a run is continued over; behind them its last value stays."""
 
@@ -46,9 +48,8 @@ class Turn:
         seen = visible_at.shape[1]
         inside = torch.cartesian_prod(*[torch.arange(PATCH, dtype=torch.float32, device=re.device)] * 3)
         to_patch = (PATCH * torch.cat([visible_at, wanted_at], dim=1).float() * step[:, None]).sum(dim=-1)
-        within = (inside * step[:, None]).sum(dim=-1)[:, None]
-        # Sines are slow: few of them, and their products.
-        cos, sin = _rotated(torch.cos(to_patch)[..., None], torch.sin(to_patch)[..., None], torch.cos(within), torch.sin(within))
+        angle = to_patch[..., None] + (inside * step[:, None]).sum(dim=-1)[:, None]
+        cos, sin = torch.cos(angle), torch.sin(angle)
         level = torch.sqrt((re * re + im * im).mean(dim=(1, 2, 3, 4))).clamp_min(1e-6)
         re, im = _rotated(re.flatten(2), im.flatten(2), cos[:, :seen], -sin[:, :seen])
         total_re, total_im = re.sum(dim=(1, 2)), im.sum(dim=(1, 2))
@@ -106,8 +107,7 @@ def continued(patches_BVE: Tensor, visible_at: Tensor, wanted_at: Tensor, ridge:
     at_step = step_BMP + torch.where(over_time, 0, REACH * PATCH)
     chosen = weights.flatten(1, 2).gather(1, at_step.flatten(1)[..., None].expand(-1, -1, 4 * ORDER))
     lines = [pair.flatten(2).gather(1, nearest_BM1.expand(-1, -1, pair[0, 0].numel())) for pair in pairs]
-    line = torch.where(over_time, *lines).unflatten(-1, pairs[0].shape[2:])
-    state = torch.cat([part[..., -ORDER:] for part in line.split(2 * PATCH, dim=-1)], dim=-1)
+    state = torch.where(over_time, *lines).unflatten(-1, pairs[0].shape[2:])[..., STATE]
     run = state @ chosen.unflatten(1, step_BMP.shape[1:]).unflatten(-1, (2, 2 * ORDER)).transpose(2, 3).flatten(2, 3).transpose(
         -1, -2
     )
@@ -144,10 +144,11 @@ def fitted(pairs: Tensor, ridge: float) -> Tensor:
     rr, ri, ir, ii = (square[..., i : i + long, j : j + long] for i in (0, long) for j in (0, long))
     # Correlations conj(x_i) x_j, of all windows; one read backwards and conjugated has them mirrored at the antidiagonal.
     starts = range(long - ORDER)
+    reverse = torch.arange(ORDER, -1, -1, device=pairs.device)
     re, im = (
         torch.stack([part[..., i : i + ORDER + 1, i : i + ORDER + 1] for i in starts]).sum(dim=0) for part in (rr + ii, ri - ir)
     )
-    re, im = (part + part.flip(-1, -2).transpose(-1, -2) for part in (re, im))
+    re, im = (part + part[..., reverse, :][..., reverse].transpose(-1, -2) for part in (re, im))
     gram = torch.cat(
         [
             torch.cat([re[..., :ORDER, :ORDER], -im[..., :ORDER, :ORDER], re[..., :ORDER, ORDER:]], dim=-1),
@@ -158,9 +159,9 @@ def fitted(pairs: Tensor, ridge: float) -> Tensor:
     unit = torch.eye(2 * ORDER, device=pairs.device)
     level = (gram[..., : 2 * ORDER] * unit).sum(dim=(-1, -2), keepdim=True) / (2 * ORDER)
     gram = gram + (ridge * level + 1e-6) * torch.nn.functional.pad(unit, (0, 1))
-    for i in range(ORDER):  # Gauss and Jordan on real and imaginary part at once: their pivot is one real, positive number
-        rows = gram[..., i::ORDER, :] / gram[..., i : i + 1, i : i + 1]
-        gram = gram - (gram[..., i : 2 * ORDER : ORDER] - unit[:, i::ORDER]) @ rows
+    for i in range(2 * ORDER):  # Gauss and Jordan; positive definite, so that no pivot vanishes
+        row = gram[..., i : i + 1, :] / gram[..., i : i + 1, i : i + 1]
+        gram = gram - (gram[..., i : i + 1] - unit[:, i : i + 1]) * row
     wr, wi = gram[..., :ORDER, -1], gram[..., ORDER:, -1]
     return torch.stack([torch.cat([wr, -wi], dim=-1), torch.cat([wi, wr], dim=-1)], dim=-2)
 
