@@ -32,8 +32,9 @@ SERVES: tuple[Event, ...] = ("champion", "rollback")
 """Events after which the entry's version serves."""
 LEDGER, BUNDLE, BUNDLES, MIRRORS = "ledger.jsonl", "bundle", "bundles", "mirrors.json"
 MIRROR_NAMES = ("MLflow alias", "Dagster asset")
-KEEP_STATES = 3
-"""States kept for whoever is still reading one, and as copies of the ledger."""
+KEEP_STATES = 32
+"""States kept for whoever is still reading one, and as copies of the ledger: a few kilobytes each. A reader on a loaded host that
+followed the link may sleep through several promotions before it reads on."""
 
 Check = Callable[[Path], Any]
 

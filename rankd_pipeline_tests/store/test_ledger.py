@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankd_pipeline.errors import RankdError
-from rankd_pipeline.store.ledger import LEDGER, Entry, Ledger
+from rankd_pipeline.store.ledger import KEEP_STATES, LEDGER, Entry, Ledger
 
 
 def bundle(folder: Path, name: str) -> str:
@@ -196,7 +196,7 @@ def test_two_processes_take_turns_and_a_reader_never_sees_half(tmp_path: Path) -
     assert not problems and looks > 30, problems
     versions = [entry.version for entry in ledger.entries() if entry.event == "registered"]
     assert versions == list(range(1, 31))
-    assert len(list(ledger.states.glob("[0-9]*"))) <= 3
+    assert len(list(ledger.states.glob("[0-9]*"))) == KEEP_STATES
 
 
 def test_kill_9_at_any_moment_leaves_the_old_state_or_the_new_one(tmp_path: Path) -> None:
