@@ -120,8 +120,12 @@ def test_a_grid_that_was_stopped_goes_on_and_writes_the_papers_tables(made):
     arms = {name: spec.ablation.arms[name] for name in ("mcakd", "no_kd", "lmkd", "without_alpl", "version_3")}
     tables = {"I: accuracy": ("mcakd", "no_kd", "lmkd", "teacher", "lstm", "ar"), "III: size": ("teacher", "mcakd", "version_3")}
     columns = {name: spec.ablation.columns[name] for name in ("seen time", "D19-s frequency")}
+    brief = spec.steps.student.model_copy(update={"fit": {**spec.steps.student.fit, "epochs": 3}})
     small = spec.model_copy(
-        update={"ablation": spec.ablation.model_copy(update={"arms": arms, "tables": tables, "columns": columns})}
+        update={
+            "ablation": spec.ablation.model_copy(update={"arms": arms, "tables": tables, "columns": columns}),
+            "steps": spec.steps.model_copy(update={"student": brief}),
+        }
     )
     store, told = open_store(current), []
 
