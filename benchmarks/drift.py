@@ -102,6 +102,10 @@ def detection(options: argparse.Namespace) -> None:
     config = load_pipeline(options.pipeline)
     function = load_function(config.function)
     bundle = options.bundle or open_ledger(settings(), config.pipeline).bundle
+    if bundle is None:
+        raise SystemExit(
+            f"{config.pipeline}: nothing serves in {settings().home}; `rankd run {config.pipeline}` first, or give --bundle."
+        )
     options.work.mkdir(parents=True, exist_ok=True)
     common = {
         "pipeline": options.pipeline, "variant": options.variant, "bundle": str(bundle), "rows": options.rows,

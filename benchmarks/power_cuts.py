@@ -123,12 +123,15 @@ class Trials:
 
     def again(self) -> None:
         """The run that goes on: one under way, Dagster's own retry of a crashed run, or a new one on the same telemetry."""
-        end = time.monotonic() + 12
-        while time.monotonic() < end:
+        retried = bool(self.run) and "dagster/parent_run_id" in self.state()["tags"]  # a retry that crashes is not tried again
+        end = time.monotonic() + (0 if retried else 45)
+        while True:
             runs = self.server.graphql(RUNS, job=JOB)["runsOrError"]["results"]
             if waiting := [run["runId"] for run in runs if run["status"] not in OVER]:
                 self.run = self.run if self.run in waiting else waiting[-1]
                 return
+            if time.monotonic() > end:
+                break
             time.sleep(1)
         site = recent_site(load_pipeline(PIPELINE), open_store(self.current), self.current)
         assert not isinstance(site, str), site
@@ -138,7 +141,7 @@ class Trials:
     def settled(self) -> None:
         """Wait until no run is under way; a retry that Dagster queued meanwhile finds everything stored."""
         self.server.until(
-            lambda: all(run["status"] in OVER for run in self.server.graphql(RUNS, job=JOB)["runsOrError"]["results"]), 300
+            lambda: all(run["status"] in OVER for run in self.server.graphql(RUNS, job=JOB)["runsOrError"]["results"]), 1800
         )
 
     def reach(self, step: str) -> bool:

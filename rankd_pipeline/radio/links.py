@@ -16,10 +16,10 @@ from sionna.phy.channel import cir_to_ofdm_channel, gen_single_sector_topology, 
 from sionna.phy.channel.tr38901 import CDL, TDL, PanelArray, UMa, UMi
 
 from rankd_pipeline.radio.pusch import SYMBOLS, symbol_seconds
+from rankd_pipeline.radio.waves import LIGHT_MPS
 
 LAGS = 12  # symbols between a DMRS and any other symbol: at most 11
 INDOOR_SPEED_KMH = 3.0
-SPEED_OF_LIGHT = 299_792_458.0
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Grid:
 
     @property
     def wavelength_m(self) -> float:
-        return SPEED_OF_LIGHT / (self.ghz * 1e9)
+        return LIGHT_MPS / (self.ghz * 1e9)
 
     @property
     def lags_s(self) -> np.ndarray:

@@ -123,8 +123,3 @@ class _Receiver:
 def noise_power(snr_db: np.ndarray | float) -> np.ndarray:
     """Noise power of a resource element for a channel and data of mean power 1."""
     return np.asarray(10.0 ** (-np.asarray(snr_db, np.float64) / 10.0), np.float32)
-
-
-def max_doppler_hz(speed_kmh: np.ndarray | float, ghz: float) -> np.ndarray:
-    """Largest Doppler shift of a user at this speed."""
-    return np.asarray(speed_kmh, np.float64) / 3.6 * ghz * 1e9 / 299_792_458.0

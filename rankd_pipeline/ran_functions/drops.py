@@ -3,8 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+
+from rankd_pipeline.audit.schema import ColumnSpec
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 # One letter a drop, so that a shard says by itself which of its drops go where.
 SPLIT_OF_CODE = {
@@ -34,6 +40,14 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class ShardTables:
+    """Rows of one shard, in the same order. Only oracle labels and evaluation may read `truth`."""
+
+    features: "pa.Table"
+    truth: "pa.Table"
+
+
+@dataclass(frozen=True)
 class Pool:
     """Drops of like role, spread evenly over all pairs of these sites and bands; code None: split by shares."""
 
@@ -41,6 +55,51 @@ class Pool:
     sites: Sequence[str]
     bands_ghz: Sequence[float]
     code: str | None
+
+
+def drop_columns(highest_ghz: float = 114.25) -> tuple[ColumnSpec, ...]:
+    """The columns of every corpus of drops: who, where and when. NR is studied up to 114.25 GHz (TR 38.807)."""
+    return (
+        ColumnSpec(name="sample_id", dtype="int64", role="id"),
+        ColumnSpec(name="drop_id", dtype="int64", role="unit"),
+        ColumnSpec(name="group", dtype="string", role="key"),
+        ColumnSpec(name="source", dtype="string", role="key"),
+        ColumnSpec(name="site", dtype="string", role="key"),
+        ColumnSpec(name="band_ghz", dtype="float32", unit="GHz", valid_range=(0.41, highest_ghz), role="key"),
+        ColumnSpec(name="scenario", dtype="string", role="key"),
+        ColumnSpec(name="split", dtype="string", role="key"),
+        ColumnSpec(name="labelled", dtype="bool", role="key"),
+        ColumnSpec(name="speed_kmh", dtype="float32", unit="km/h", valid_range=(0.0, 500.0), role="context"),
+        ColumnSpec(name="time_s", dtype="float64", unit="s", role="context"),
+    )
+
+
+class Place(Protocol):
+    """A site or a delay profile: seen in training, or held out."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def role(self) -> str: ...
+
+
+class Carrier(Protocol):
+    """A band: trained on, or held out."""
+
+    @property
+    def ghz(self) -> float: ...
+    @property
+    def role(self) -> str: ...
+
+
+def pools_by_role(places: Sequence[Place], bands: Sequence[Carrier], drops: Sequence[float]) -> tuple[Pool, Pool, Pool]:
+    """The pools of a corpus: seen places at training bands, held-out places at these, and seen places at held-out bands.
+
+    drops: how many of each, in this order.
+    """
+    train, held_bands = ([band.ghz for band in bands if band.role == role] for role in ("train", "heldout"))
+    seen, held_places = ([place.name for place in places if place.role == role] for role in ("seen", "heldout"))
+    return Pool(drops[0], seen, train, None), Pool(drops[1], held_places, train, "s"), Pool(drops[2], seen, held_bands, "b")
 
 
 def plan_pools(

@@ -9,12 +9,12 @@ from rankd_pipeline.radio.pusch import (
     DMRS_SYMBOLS,
     SYMBOLS,
     PuschSlot,
-    max_doppler_hz,
     noise_power,
     pilot_positions,
     symbol_seconds,
 )
 from rankd_pipeline.radio.seeding import seeded
+from rankd_pipeline.radio.waves import max_doppler_hz
 
 SLOT = PuschSlot(4, 30)
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from rankd_pipeline.audit.schema import ColumnSpec, CorpusSchema, LabelSpec
 from rankd_pipeline.errors import RankdError
+from rankd_pipeline.radio.waves import max_doppler_hz
 from rankd_pipeline.ran_functions.beam_management.config import (
     SHIFTS,
     BeamCorpusConfig,
@@ -16,6 +17,7 @@ from rankd_pipeline.ran_functions.beam_management.config import (
     transmit_power_per_re_dbm,
 )
 from rankd_pipeline.ran_functions.contract import Arrays, Baseline, Metric, Predictor, RanFunction
+from rankd_pipeline.ran_functions.drops import drop_columns
 from rankd_pipeline.runtime.signature import ModelSignature, TensorSpec
 from rankd_pipeline.spec import validated
 
@@ -84,17 +86,7 @@ class BeamManagement(RanFunction):
         axes, shape = ("ssb_instant", "ssb_beam"), (cfg.history, cfg.n_set_b)
         unreported = 1.0 - cfg.beams_in_report / cfg.n_set_b
         columns = (
-            ColumnSpec(name="sample_id", dtype="int64", role="id"),
-            ColumnSpec(name="drop_id", dtype="int64", role="unit"),
-            ColumnSpec(name="group", dtype="string", role="key"),
-            ColumnSpec(name="source", dtype="string", role="key"),
-            ColumnSpec(name="site", dtype="string", role="key"),
-            ColumnSpec(name="band_ghz", dtype="float32", unit="GHz", valid_range=(0.41, 114.25), role="key"),
-            ColumnSpec(name="scenario", dtype="string", role="key"),
-            ColumnSpec(name="split", dtype="string", role="key"),
-            ColumnSpec(name="labelled", dtype="bool", role="key"),
-            ColumnSpec(name="speed_kmh", dtype="float32", unit="km/h", valid_range=(0.0, 500.0), role="context"),
-            ColumnSpec(name="time_s", dtype="float64", unit="s", role="context"),
+            *drop_columns(),
             ColumnSpec(name=RSRP, dtype="float32", axes=axes, shape=shape, unit="dBm", valid_range=RSRP_RANGE_DBM, mask=MASK,
                        expected_missing=unreported),
             ColumnSpec(name=MASK, dtype="uint8", axes=axes, shape=shape, role="mask"),
@@ -204,7 +196,7 @@ class BeamManagement(RanFunction):
             noise_dbm[at] = noise_per_re_dbm(band.scs_khz, band.noise_figure_db)
         return {
             "delay_spread_ns": truth["delay_spread_ns"],
-            "doppler_hz": np.asarray(features["speed_kmh"]) / 3.6 * ghz * 1e9 / 299_792_458.0,
+            "doppler_hz": max_doppler_hz(features["speed_kmh"], ghz),
             "k_factor_db": np.where(truth["los"], truth["k_factor_db"], np.nan),
             "angle_spread_deg": truth["asd_deg"],
             "snr_db": power_dbm - truth["coupling_loss_db"] - noise_dbm,

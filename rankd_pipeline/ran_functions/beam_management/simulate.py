@@ -1,7 +1,6 @@
 """Simulates the beam management corpus: TR 38.901 links → Set B reports (features) and Set A truth, in shards."""
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -16,30 +15,15 @@ from rankd_pipeline.ran_functions.beam_management.config import (
     SiteConfig,
     transmit_power_per_re_dbm,
 )
-from rankd_pipeline.ran_functions.drops import SPLIT_OF_CODE, Pool, Shard, plan_pools
+from rankd_pipeline.ran_functions.drops import SPLIT_OF_CODE, Shard, ShardTables, plan_pools, pools_by_role
 
 INDOOR_HEIGHT_FLOOR_M = 3.0
 
 
-@dataclass(frozen=True)
-class ShardTables:
-    """Rows of one shard. Only oracle labels and evaluation may read `truth`."""
-
-    features: pa.Table
-    truth: pa.Table
-
-
 def plan_shards(cfg: BeamCorpusConfig, seed: int) -> list[Shard]:
     """Cut the corpus into shards; sample ids are dense over the plan, as drop ids are."""
-    train_bands = [b.ghz for b in cfg.bands if b.role == "train"]
-    heldout_bands = [b.ghz for b in cfg.bands if b.role == "heldout"]
-    seen = [s.name for s in cfg.sites if s.role == "seen"]
-    heldout = [s.name for s in cfg.sites if s.role == "heldout"]
-    pools = (
-        Pool(cfg.seen_samples / cfg.ues_per_drop, seen, train_bands, None),
-        Pool(cfg.heldout_site_samples / cfg.ues_per_drop, heldout, train_bands, "s"),
-        Pool(cfg.heldout_band_samples / cfg.ues_per_drop, seen, heldout_bands, "b"),
-    )
+    rows = (cfg.seen_samples, cfg.heldout_site_samples, cfg.heldout_band_samples)
+    pools = pools_by_role(cfg.sites, cfg.bands, [count / cfg.ues_per_drop for count in rows])
     return plan_pools(pools, max(cfg.shard_samples // cfg.ues_per_drop, 1), cfg.split_shares, cfg.labelled_share, seed)
 
 

@@ -9,8 +9,10 @@ import numpy as np
 
 from rankd_pipeline.audit.schema import ColumnSpec, CorpusSchema, LabelSpec
 from rankd_pipeline.errors import RankdError
+from rankd_pipeline.radio.waves import max_doppler_hz
 from rankd_pipeline.ran_functions.channel_estimation.config import SHIFTS, ChannelCorpusConfig, field_config
 from rankd_pipeline.ran_functions.contract import Arrays, Baseline, Metric, Predictor, RanFunction, Run
+from rankd_pipeline.ran_functions.drops import drop_columns
 from rankd_pipeline.runtime.signature import ModelSignature, TensorSpec
 from rankd_pipeline.spec import validated
 
@@ -82,17 +84,7 @@ class ChannelEstimation(RanFunction):
     def schema(self, cfg: ChannelCorpusConfig) -> CorpusSchema:
         axes, shape = ("re_im", "dmrs_symbol", "estimate"), (2, len(DMRS), PILOTS_A_BLOCK * cfg.resource_blocks)
         columns = (
-            ColumnSpec(name="sample_id", dtype="int64", role="id"),
-            ColumnSpec(name="drop_id", dtype="int64", role="unit"),
-            ColumnSpec(name="group", dtype="string", role="key"),
-            ColumnSpec(name="source", dtype="string", role="key"),
-            ColumnSpec(name="site", dtype="string", role="key"),
-            ColumnSpec(name="band_ghz", dtype="float32", unit="GHz", valid_range=(0.41, 114.25), role="key"),
-            ColumnSpec(name="scenario", dtype="string", role="key"),
-            ColumnSpec(name="split", dtype="string", role="key"),
-            ColumnSpec(name="labelled", dtype="bool", role="key"),
-            ColumnSpec(name="speed_kmh", dtype="float32", unit="km/h", valid_range=(0.0, 500.0), role="context"),
-            ColumnSpec(name="time_s", dtype="float64", unit="s", role="context"),
+            *drop_columns(),
             # Relative to the mean power of the user's channel, which no fade or noise of the covered SNR exceeds 20-fold.
             ColumnSpec(name=LS, dtype="float32", axes=axes, shape=shape, unit="1", valid_range=(-20.0, 20.0)),
             ColumnSpec(name=NOISE, dtype="float32", unit="1", valid_range=(1e-7, 10.0)),
@@ -217,7 +209,7 @@ class ChannelEstimation(RanFunction):
         ghz = np.asarray(features["band_ghz"], np.float64)
         return {
             "delay_spread_ns": truth["delay_spread_ns"],
-            "doppler_hz": np.asarray(features["speed_kmh"]) / 3.6 * ghz * 1e9 / 299_792_458.0,
+            "doppler_hz": max_doppler_hz(features["speed_kmh"], ghz),
             "snr_db": truth["snr_db"],
         }
 

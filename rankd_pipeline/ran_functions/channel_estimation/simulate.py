@@ -11,31 +11,16 @@ from rankd_pipeline.radio import links
 from rankd_pipeline.radio.pusch import PuschSlot, noise_power
 from rankd_pipeline.radio.seeding import seeded
 from rankd_pipeline.ran_functions.channel_estimation.config import ChannelCorpusConfig, ProfileConfig
-from rankd_pipeline.ran_functions.drops import SPLIT_OF_CODE, Pool, Shard, plan_pools
+from rankd_pipeline.ran_functions.drops import SPLIT_OF_CODE, Shard, ShardTables, plan_pools, pools_by_role
 from rankd_pipeline.store.tensors import tensor_array
 
 PATHS = 26  # the longest profile (24 paths) with a line of sight of its own, rounded up
 
 
-@dataclass(frozen=True)
-class ShardTables:
-    """Rows of one shard, one a slot and receive antenna. Only oracle labels and evaluation may read `truth`."""
-
-    features: pa.Table
-    truth: pa.Table
-
-
 def plan_shards(cfg: ChannelCorpusConfig, seed: int) -> list[Shard]:
     """Cut the corpus into shards; sample ids are dense over the plan, as drop ids are."""
-    train_bands = [b.ghz for b in cfg.bands if b.role == "train"]
-    heldout_bands = [b.ghz for b in cfg.bands if b.role == "heldout"]
-    seen = [p.name for p in cfg.profiles if p.role == "seen"]
-    heldout = [p.name for p in cfg.profiles if p.role == "heldout"]
-    pools = (
-        Pool(cfg.seen_slots / cfg.slots_per_drop, seen, train_bands, None),
-        Pool(cfg.heldout_profile_slots / cfg.slots_per_drop, heldout, train_bands, "s"),
-        Pool(cfg.heldout_band_slots / cfg.slots_per_drop, seen, heldout_bands, "b"),
-    )
+    rows = (cfg.seen_slots, cfg.heldout_profile_slots, cfg.heldout_band_slots)
+    pools = pools_by_role(cfg.profiles, cfg.bands, [count / cfg.slots_per_drop for count in rows])
     return plan_pools(pools, max(cfg.shard_slots // cfg.slots_per_drop, 1), cfg.split_shares, cfg.labelled_share, seed)
 
 

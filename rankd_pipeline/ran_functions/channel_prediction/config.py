@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from rankd_pipeline.radio.waves import max_doppler_hz
 from rankd_pipeline.ran_functions.contract import Shift
 
 Scenario = Literal["UMi", "UMa", "RMa", "InH"]
@@ -13,7 +14,6 @@ PATCH = 4
 """A patch is PATCH instants x PATCH antennas x PATCH subcarriers (WiFo, arXiv:2412.08908)."""
 ELEMENTS = 2 * PATCH**3
 """Real numbers in a patch: real and imaginary part of each entry, the part fastest."""
-LIGHT_MPS = 299_792_458.0
 
 
 class _Strict(BaseModel):
@@ -60,7 +60,7 @@ class ChannelSet(_Strict):
     @property
     def coherence_ms(self) -> float:
         """Clarke's coherence time 0.423 / f_D at the top speed, ms (Rappaport, Wireless Communications, eq. 5.40.c)."""
-        doppler_hz = self.speed_kmh[1] / 3.6 * self.carrier_ghz * 1e9 / LIGHT_MPS
+        doppler_hz = float(max_doppler_hz(self.speed_kmh[1], self.carrier_ghz))
         return 423.0 / doppler_hz
 
     @model_validator(mode="after")

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rankd_pipeline.audit.schema import ColumnSpec, CorpusSchema, LabelSpec
-from rankd_pipeline.ran_functions.channel_prediction.config import ELEMENTS, LIGHT_MPS, SHIFTS, ChannelCorpusConfig, field_config
+from rankd_pipeline.radio.waves import max_doppler_hz
+from rankd_pipeline.ran_functions.channel_prediction.config import ELEMENTS, SHIFTS, ChannelCorpusConfig, field_config
 from rankd_pipeline.ran_functions.channel_prediction.patches import (
     TASKS,
     coordinates,
@@ -18,6 +19,7 @@ from rankd_pipeline.ran_functions.channel_prediction.patches import (
     wanted_patches,
 )
 from rankd_pipeline.ran_functions.contract import Arrays, Baseline, Group, Metric, Predictor, RanFunction, Run
+from rankd_pipeline.ran_functions.drops import drop_columns
 from rankd_pipeline.runtime.signature import ModelSignature, TensorSpec
 from rankd_pipeline.spec import validated
 
@@ -90,17 +92,7 @@ class ChannelPrediction(RanFunction):
         tokens = cfg.most_tokens
         axes = ("patch", "instant_antenna_subcarrier_reim")
         columns = (
-            ColumnSpec(name="sample_id", dtype="int64", role="id"),
-            ColumnSpec(name="drop_id", dtype="int64", role="unit"),
-            ColumnSpec(name="group", dtype="string", role="key"),
-            ColumnSpec(name="source", dtype="string", role="key"),
-            ColumnSpec(name="site", dtype="string", role="key"),
-            ColumnSpec(name="band_ghz", dtype="float32", unit="GHz", valid_range=(0.41, 114.25), role="key"),
-            ColumnSpec(name="scenario", dtype="string", role="key"),
-            ColumnSpec(name="split", dtype="string", role="key"),
-            ColumnSpec(name="labelled", dtype="bool", role="key"),
-            ColumnSpec(name="speed_kmh", dtype="float32", unit="km/h", valid_range=(0.0, 500.0), role="context"),
-            ColumnSpec(name="time_s", dtype="float64", unit="s", role="context"),
+            *drop_columns(),
             ColumnSpec(name="task", dtype="string", role="key", categories=TASKS),
             ColumnSpec(name="grid", dtype="int16", axes=("time_antenna_frequency",), shape=(3,), unit="patch",
                        valid_range=(1, 1024), role="context"),
@@ -267,7 +259,7 @@ class ChannelPrediction(RanFunction):
         """Doppler of the user's own speed, delay spread of its paths, SNR of the known channel."""
         ghz = np.asarray(features["band_ghz"], np.float64)
         return {
-            "doppler_hz": np.asarray(features["speed_kmh"], np.float64) / 3.6 * ghz * 1e9 / LIGHT_MPS,
+            "doppler_hz": max_doppler_hz(features["speed_kmh"], ghz),
             "delay_spread_ns": truth["delay_spread_ns"],
             "snr_db": np.full(len(ghz), cfg.snr_db),
         }

@@ -10,6 +10,7 @@ import numpy as np
 from rankd_pipeline.audit.schema import ColumnSpec, CorpusSchema
 from rankd_pipeline.errors import RankdError
 from rankd_pipeline.ran_functions.contract import Arrays, Baseline, Metric, Predictor, RanFunction, Run
+from rankd_pipeline.ran_functions.drops import drop_columns
 from rankd_pipeline.ran_functions.link_adaptation.config import BLER_TARGET, SHIFTS, SLOT_US, LinkCorpusConfig, field_config
 from rankd_pipeline.ran_functions.link_adaptation.rollout import REPORT_FIELDS, Policy, roll_out, traces_of
 from rankd_pipeline.ran_functions.link_adaptation.tables import N_CQI, N_MCS
@@ -51,7 +52,7 @@ class LinkAdaptation(RanFunction):
         Metric("settling_slots", "slots", higher_is_better=False, is_rate=False),
     )
     gap_baseline = "olla"
-    code_versions = {"simulate": "5", "labels": "5", "networks": "2", "baselines": "4", "metrics": "4"}
+    code_versions = {"simulate": "6", "labels": "5", "networks": "2", "baselines": "4", "metrics": "4"}
 
     def corpus_config(self, raw: Mapping[str, Any]) -> LinkCorpusConfig:
         return validated(LinkCorpusConfig, dict(raw), "steps.corpus.simulation")
@@ -101,18 +102,8 @@ class LinkAdaptation(RanFunction):
         axes, shape = ("slot",), (cfg.window_slots,)
         late = cfg.feedback.harq_delay_slots[1] / cfg.window_slots
         columns = (
-            ColumnSpec(name="sample_id", dtype="int64", role="id"),
-            ColumnSpec(name="drop_id", dtype="int64", role="unit"),
-            ColumnSpec(name="group", dtype="string", role="key"),
-            ColumnSpec(name="source", dtype="string", role="key"),
-            ColumnSpec(name="site", dtype="string", role="key"),
-            ColumnSpec(name="band_ghz", dtype="float32", unit="GHz", valid_range=(0.41, 7.125), role="key"),
-            ColumnSpec(name="scenario", dtype="string", role="key"),
-            ColumnSpec(name="split", dtype="string", role="key"),
-            ColumnSpec(name="labelled", dtype="bool", role="key"),
+            *drop_columns(highest_ghz=7.125),
             ColumnSpec(name="policy", dtype="string", role="key"),
-            ColumnSpec(name="speed_kmh", dtype="float32", unit="km/h", valid_range=(0.0, 500.0), role="context"),
-            ColumnSpec(name="time_s", dtype="float64", unit="s", role="context"),
             ColumnSpec(name="harq_delay_slots", dtype="uint8", unit="slots", valid_range=(0, 64), role="context"),
             ColumnSpec(name="doppler_hz", dtype="float32", unit="Hz", valid_range=(0.0, 5e3)),
             ColumnSpec(name="allocated_prb", dtype="int16", unit="PRB", valid_range=(1, 275)),

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import torch
-from sionna.phy import SPEED_OF_LIGHT
 from sionna.phy.channel.tr38901 import TDL, PanelArray, UMa, UMi
 
 from rankd_pipeline.errors import RankdError
 from rankd_pipeline.radio.seeding import seeded
+from rankd_pipeline.radio.waves import max_doppler_hz
 from rankd_pipeline.ran_functions.link_adaptation.config import SLOT_US, LinkCorpusConfig, PolicyConfig, Range, SiteConfig
 from rankd_pipeline.ran_functions.link_adaptation.policies import CqiTable, Learned, Logged, OuterLoop
 from rankd_pipeline.ran_functions.link_adaptation.rollout import Policy, Rollout, Traces, roll_out
@@ -119,7 +119,7 @@ class _Users:
         # Slots before the trace begins, so that its first slot already has a report.
         self.lead = int(max(feedback.cqi_period_slots) + feedback.cqi_delay_slots[1])
         self.slots = cfg.trace_slots + self.lead
-        doppler = self.speed_kmh / 3.6 * band_ghz * 1e9 / SPEED_OF_LIGHT
+        doppler = max_doppler_hz(self.speed_kmh, band_ghz)
         self.doppler_hz = doppler * np.exp(rng.normal(0.0, feedback.doppler_error, n))
 
     def traces(self) -> Traces:
@@ -322,9 +322,9 @@ def _tables(
         "scenario": constant(site.scenario),
         "split": pa.array(np.repeat([SPLIT_OF_CODE[code] for code in shard.codes], windows).tolist()),
         "labelled": each(codes != "u"),
-        "policy": pa.array(np.repeat(policies, windows).tolist()),
         "speed_kmh": each(users.speed_kmh, np.float32),
         "time_s": pa.array(start_s.ravel()),
+        "policy": pa.array(np.repeat(policies, windows).tolist()),
         "harq_delay_slots": each(traces.harq_delay_N, np.uint8),
         "doppler_hz": each(traces.doppler_hz_N, np.float32),
         "allocated_prb": each(traces.allocated_prb_N, np.int16),
