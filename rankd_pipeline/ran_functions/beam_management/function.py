@@ -45,7 +45,7 @@ class BeamManagement(RanFunction):
         Metric("l1_rsrp_loss_db", "dB", higher_is_better=False, is_rate=False),
     )
     gap_baseline = "best_of_set_b"
-    code_versions = {"simulate": "6", "labels": "7", "networks": "4", "baselines": "4", "metrics": "2"}
+    code_versions = {"simulate": "7", "labels": "8", "networks": "4", "baselines": "4", "metrics": "2"}
 
     def corpus_config(self, raw: Mapping[str, Any]) -> BeamCorpusConfig:
         return validated(BeamCorpusConfig, dict(raw), "steps.corpus.simulation")
