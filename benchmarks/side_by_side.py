@@ -1,7 +1,7 @@
 """rankd against the plain way of doing the same, side by side in one run: `python -m benchmarks.side_by_side [NAME ...]`.
 
 Each comparison alternates the two sides (A B A B ...) and prints the median of the paired ratios, so that what else the
-host does hits both alike. `--write` puts each table with machine and date into benchmarks/results/side_by_side.md.
+host does hits both alike. `--write` puts the rows with machine and date into benchmarks/results/side_by_side.md.
 """
 
 import argparse
@@ -389,33 +389,39 @@ def machine() -> str:
     return f"{host_id()}, load {os.getloadavg()[0]:.1f}, {datetime.date.today().isoformat()}"
 
 
-def table(rows: list[Row]) -> str:
-    lines = ["| comparison | rankd | reference | ratio | target | |", "|---|---|---|---|---|---|"]
+HEAD = ("| part | comparison | rankd | reference | ratio | target | | measured on |", "|---|---|---|---|---|---|---|---|")
+
+
+def lines(part: str, measured: str, rows: list[Row]) -> list[str]:
+    """Rows of the table, as Markdown."""
+    found = []
     for row in rows:
         verdict = "" if row.met is None else "met" if row.met else "MISS"
-        lines.append(f"| {row.name} | {row.ours} | {row.reference} | {row.ratio:.2f} | {row.target} | {verdict} |")
-    return "\n".join(lines)
+        cells = (part, row.name, row.ours, row.reference, f"{row.ratio:.2f}", row.target, verdict, measured)
+        found.append(f"| {' | '.join(cells)} |")
+    return found
 
 
-def write(name: str, text: str) -> None:
-    """Put one comparison's section into the results file; what was measured for the others before stays."""
-    found = RESULTS.read_text().split("\n## ")[1:] if RESULTS.exists() else []
-    sections = {section.partition("\n")[0]: section.partition("\n")[2].strip() for section in found} | {name: text}
-    parts = [f"## {each}\n\n{sections[each]}\n" for each in COMPARISONS if each in sections]
-    RESULTS.write_text("# rankd beside the plain way\n\n`python -m benchmarks.side_by_side --write`\n\n" + "\n".join(parts))
+def write(part: str, made: list[str]) -> None:
+    """Put one part's rows into the table of results; what was measured of the others before stays."""
+    known = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    of = {name: [line for line in known if line.startswith(f"| {name} |")] for name in COMPARISONS} | {part: made}
+    text = "\n".join([*HEAD, *(line for name in COMPARISONS for line in of[name])])
+    RESULTS.write_text(f"# rankd beside the plain way\n\n`python -m benchmarks.side_by_side --write`\n\n{text}\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help=f"of {', '.join(COMPARISONS)}; all by default")
-    parser.add_argument("--write", action="store_true", help="each table into benchmarks/results/side_by_side.md")
+    parser.add_argument("--write", action="store_true", help="into benchmarks/results/side_by_side.md too, part by part")
     arguments = parser.parse_args()
+    print(*HEAD, sep="\n")
     for name in arguments.names or COMPARISONS:
-        started = machine()
-        text = f"{started}\n\n{table(COMPARISONS[name]())}"
-        print(f"{name}: {text}\n", flush=True)
+        measured = machine()
+        made = lines(name, measured, COMPARISONS[name]())
+        print(*made, sep="\n", flush=True)
         if arguments.write:
-            write(name, text)
+            write(name, made)
 
 
 if __name__ == "__main__":

@@ -173,9 +173,9 @@ SHIFTS: dict[str, Shift] = {
     "speed_60": Shift("users move at 60 km/h instead of 3", "doppler"),
     "band_49": Shift("the carrier is refarmed from the lowest to the highest training band (2.1 to 4.9 GHz)", "refarmed_band"),
     "new_site": Shift("half of the users are at a new site, a motorway", "new_site"),
-    "busy_neighbour": Shift("the neighbour cell goes live: every user sees its bursts", "power"),
+    "busy_neighbour": Shift("the neighbour cell goes live: every user sees its bursts", "unexplained"),
     "proud_receivers": Shift("a new generation of receivers reports CQI 3 dB too high", "unexplained"),
-    "slow_reports": Shift("CQI reports every 80 slots instead of 10 to 40", "missing_reports"),
+    "slow_reports": Shift("CQI reports every 80 slots instead of 10 to 40", "unexplained"),
 }
 WALKING_KMH, DRIVING_KMH = (2.0, 4.0), (55.0, 65.0)
 RUNNING = PolicyConfig(cqi_table=0, illa=0, olla=1, random=0, olla_delta_up_db=(0.1, 0.5), olla_offset_db=(0.0, 0.0))
