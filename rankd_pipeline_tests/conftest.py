@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,6 @@ from filelock import FileLock
 from rankd_pipeline.orchestration.setup import initialise
 from rankd_pipeline.settings import TELEMETRY_OFF, Settings, settings
 
-WITHOUT_POSTGRES = pytest.StashKey[int]()
 SERVERS = ("RANKD_STORE", "RANKD_MLFLOW_URI", "RANKD_DAGSTER_POSTGRES_URL", "RANKD_WORKERS", "RANKD_MLFLOW_PORT")
 
 
@@ -81,8 +81,31 @@ def _moved(template: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Set
     return current
 
 
+def _has_postgres() -> bool:
+    return bool(shutil.which("initdb") or list(Path("/usr/lib/postgresql").glob("*/bin/initdb")))
+
+
+def _has_compiler() -> bool:
+    from rankd_pipeline.runtime.c_export import compiler
+
+    return compiler() is not None
+
+
+def _has_mount_namespace() -> bool:
+    return bool(shutil.which("unshare")) and not subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode
+
+
+NEEDS: dict[str, tuple[str, Callable[[], bool], str]] = {
+    "needs_postgres": ("Debian's PostgreSQL", _has_postgres, "`apt-get install postgresql` and run again"),
+    "needs_compiler": ("a C compiler", _has_compiler, "`apt-get install gcc` and run again"),
+    "needs_mount_namespace": ("a mount namespace of its own", _has_mount_namespace, "this host gives none to an ordinary user"),
+}
+"""Markers of what a host may lack: what it is, whether it is here, and what can be done. Their tests are left out without it."""
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "needs_postgres: runs against Debian's PostgreSQL, and is left out where it is missing")
+    for marker, (what, _, _) in NEEDS.items():
+        config.addinivalue_line("markers", f"{marker}: runs with {what}, and is left out where that is missing")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -91,16 +114,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "smoke_chain" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("smoke_chain"))
-    if shutil.which("initdb") or list(Path("/usr/lib/postgresql").glob("*/bin/initdb")):
-        return
-    missing = [item for item in items if item.get_closest_marker("needs_postgres")]
-    if missing:
-        config.hook.pytest_deselected(items=missing)
-        items[:] = [item for item in items if item not in missing]
-        config.stash[WITHOUT_POSTGRES] = len(missing)
+    for marker, (_, here, _) in NEEDS.items():
+        asking = [item for item in items if item.get_closest_marker(marker)]
+        if asking and not here():
+            config.hook.pytest_deselected(items=asking)
+            items[:] = [item for item in items if item not in asking]
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    left_out = config.stash.get(WITHOUT_POSTGRES, 0)
-    if left_out:
-        terminalreporter.write_line(f"{left_out} test(s) left out: no PostgreSQL here; `apt-get install postgresql` and run again.")
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Said from the host, because with workers it is they who leave tests out and not this process."""
+    for marker, (what, here, cure) in NEEDS.items():
+        if not here():
+            terminalreporter.write_line(f"Left out: the tests marked {marker}, for want of {what}; {cure}.")

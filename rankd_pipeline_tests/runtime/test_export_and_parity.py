@@ -30,8 +30,6 @@ from rankd_pipeline.runtime.parity import onnx_runner, parity, torch_runner
 from rankd_pipeline.runtime.signature import ModelSignature, TensorSpec
 from rankd_pipeline_tests.runtime import toys
 
-needs_compiler = pytest.mark.skipif(compiler() is None, reason="no C compiler on this host")
-
 
 def test_signature_refuses_what_does_not_fit():
     """Masks and states must name tensors of the model, and a state may not change its shape."""
@@ -77,7 +75,7 @@ def test_file_is_deterministic_and_carries_its_identity(toy, tmp_path):
         assert trace not in again.read_bytes()
 
 
-@needs_compiler
+@pytest.mark.needs_compiler
 def test_c_agrees_with_onnxruntime(toy, tmp_path):
     """FP32 C within 1e-5 of onnxruntime, INT8 C decides as INT8 onnxruntime does."""
     inputs = toy.inputs(3000, seed=3)
@@ -87,7 +85,7 @@ def test_c_agrees_with_onnxruntime(toy, tmp_path):
     assert parity(onnx_runner(toy.int8), int8, inputs).argmax_agreement >= bounds.INT8_AGREEMENT
 
 
-@needs_compiler
+@pytest.mark.needs_compiler
 def test_carried_state_goes_round_alike_in_all_runtimes(gru_toy, tmp_path):
     """Fifty steps fed back: torch, onnxruntime and C end in the same state."""
     runners = [
@@ -109,7 +107,7 @@ def test_carried_state_goes_round_alike_in_all_runtimes(gru_toy, tmp_path):
     assert np.abs(stateless - ends[1]).max() > 1e-3
 
 
-@needs_compiler
+@pytest.mark.needs_compiler
 def test_c_source_is_clean_and_stable_across_processes(mlp_toy, tmp_path):
     """Same file, same C in another process with another hash seed; one symbol; no allocation; header compiles alone."""
     code = (

@@ -26,7 +26,6 @@ from rankd_pipeline.runtime.onnx_export import export_onnx
 from rankd_pipeline.runtime.profile_script import judge, summarise, tail_interval
 from rankd_pipeline_tests.runtime.toys import HandoverGru
 
-needs_compiler = pytest.mark.skipif(compiler() is None, reason="no C compiler on this host")
 BUDGET_US = 100.0
 QUICK = LatencyConfig(paced_runs=60, winner_runs=80, back_to_back_runs=40, warmup_runs=5, max_seconds=20, rest_ms=1.0)
 
@@ -145,7 +144,7 @@ def test_of_several_students_the_best_within_the_limit_wins():
     assert pick(race, scores, 1.0) == "mlp-c-fp32"
 
 
-@needs_compiler
+@pytest.mark.needs_compiler
 def test_whole_race(toy, tmp_path, monkeypatch):
     """Both toys: every runtime measured, figures ordered, cases and JSON complete, nothing left at real-time priority."""
     messages: list[str] = []
@@ -175,10 +174,9 @@ def test_whole_race(toy, tmp_path, monkeypatch):
     assert report.seconds < 2 * QUICK.max_seconds + 30
 
 
+@pytest.mark.needs_compiler
 def test_a_build_that_computes_something_else_is_not_timed(mlp_toy, gru_toy, tmp_path):
     """The proof: C of other weights (planted) is refused, and so is a model that ignores its carried state."""
-    if compiler() is None:
-        pytest.skip("no C compiler on this host")
     source = mlp_toy.c_fp32.source.read_text()
     planted_dir = tmp_path / "planted"
     planted_dir.mkdir()
