@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.demo_drift import MEASURE_SEED
 from rankd_pipeline.ran_functions.registry import load_function
 from rankd_pipeline.spec import load_pipeline
 from rankd_pipeline.telemetry.field import known_shifts, simulated
 from rankd_pipeline.training.fit import FitConfig, fit
 
 FUNCTION = load_function("beam_management")
-MEASURE_SEED = 20_261_126
 FITS = {
     "student": FitConfig(epochs=24, batch_size=512, lr=2e-2, warmup_share=0.1, validate_every=24),
     "teacher": FitConfig(epochs=6, batch_size=512, lr=2e-3, warmup_share=0.1, clip_norm=1.0, validate_every=6),

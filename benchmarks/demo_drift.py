@@ -38,6 +38,7 @@ mutation Switch($selector: SensorSelector!) {
   startSensor(sensorSelector: $selector) { __typename ... on PythonError { message } }
 }"""
 CALM_HOURS, AFTER_HOURS = 6, 3
+MEASURE_SEED = 20_261_126
 
 
 class Demo:
@@ -216,7 +217,7 @@ def measure(demo: Demo, first: Entry) -> dict[str, Any]:
         predictors[name] = function.deployed_predictor(bundle, bundle.signature)
     tables = []
     for split, shifts in (("calm", frozenset()), ("shifted", frozenset({demo.options.shift}))):
-        features, truth, _, _ = simulated(function, cfg, shifts, demo.options.measure_rows, seed=20_261_126)
+        features, truth, _, _ = simulated(function, cfg, shifts, demo.options.measure_rows, MEASURE_SEED)
         tables.append(function.evaluate(predictors, features, truth, split, frozenset(predictors)))
     table, metric = concat_tables(tables), function.metric
 

@@ -14,6 +14,7 @@ from sionna.phy.channel.tr38901 import TDL, PanelArray, UMa, UMi
 from rankd_pipeline.errors import RankdError
 from rankd_pipeline.radio.seeding import seeded
 from rankd_pipeline.radio.waves import max_doppler_hz
+from rankd_pipeline.ran_functions.drops import SPLIT_OF_CODE, pools_by_role
 from rankd_pipeline.ran_functions.link_adaptation.config import SLOT_US, LinkCorpusConfig, PolicyConfig, Range, SiteConfig
 from rankd_pipeline.ran_functions.link_adaptation.policies import CqiTable, Learned, Logged, OuterLoop
 from rankd_pipeline.ran_functions.link_adaptation.rollout import Policy, Rollout, Traces, roll_out
@@ -22,8 +23,6 @@ from rankd_pipeline.runtime.bundle import load_bundle
 from rankd_pipeline.settings import inside, settings
 from rankd_pipeline.store.tensors import tensor_array
 
-# One letter a trace, so that a shard says by itself which of its traces go where.
-SPLIT_OF_CODE = {"L": "train", "u": "train", "v": "val", "t": "test", "s": "heldout_site", "b": "heldout_band"}
 SCS_HZ = 30e3
 POLICIES = ("cqi_table", "illa", "olla", "random", "learned")
 GEOMETRY = {"UMi": (10.0, (20.0, 150.0)), "UMa": (25.0, (50.0, 400.0))}  # BS height and distance range, m (TR 38.901 Table 7.2-1)
@@ -33,7 +32,7 @@ MAX_AGE_SLOTS = 255
 
 @dataclass(frozen=True)
 class Shard:
-    """A piece of the corpus that can be simulated alone: some traces of one site at one band, one letter of codes each."""
+    """A piece of the corpus that can be simulated alone: some traces of one site at one band, one letter of SPLIT_OF_CODE each."""
 
     index: int
     site: str
@@ -45,21 +44,16 @@ class Shard:
 
 def plan_shards(cfg: LinkCorpusConfig, seed: int) -> list[Shard]:
     """Cut the corpus into shards. Trace ids are dense over the plan; splits are by whole trace in every (site, band) cell."""
-    bands = {role: [band.ghz for band in cfg.bands if band.role == role] for role in ("train", "heldout")}
-    sites = {role: [site.name for site in cfg.sites if site.role == role] for role in ("seen", "heldout")}
-    pools = (
-        (cfg.seen_traces, sites["seen"], bands["train"], None),
-        (cfg.heldout_site_traces, sites["heldout"], bands["train"], "s"),
-        (cfg.heldout_band_traces, sites["seen"], bands["heldout"], "b"),
-    )
+    pools = pools_by_role(cfg.sites, cfg.bands, (cfg.seen_traces, cfg.heldout_site_traces, cfg.heldout_band_traces))
     shards: list[Shard] = []
     first = 0
-    for pool, (traces, names, carriers, code) in enumerate(pools):
-        cells = [(name, ghz) for name in names for ghz in carriers]
-        if not traces or not cells:
+    for number, pool in enumerate(pools):
+        cells = [(name, ghz) for name in pool.sites for ghz in pool.bands_ghz]
+        if not pool.drops or not cells:
             continue
-        count = math.ceil(traces / len(cells))
-        split = [code * count] * len(cells) if code else _split_codes(cfg, len(cells), count, np.random.default_rng([seed, pool]))
+        count = math.ceil(pool.drops / len(cells))
+        rng = np.random.default_rng([seed, number])
+        split = [pool.code * count] * len(cells) if pool.code else _split_codes(cfg, len(cells), count, rng)
         for (name, ghz), codes in zip(cells, split, strict=True):
             for start in range(0, count, cfg.shard_traces):
                 part = codes[start : start + cfg.shard_traces]
