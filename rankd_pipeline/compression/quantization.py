@@ -55,11 +55,12 @@ def quantize_int8(
             calibration_cache_path=str(ranges),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=list(QUANTIZED_OPS),
+            nodes_to_exclude=_without_weights(fp32),
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             calibrate_method=CalibrationMethod.MinMax,
-            extra_options={"OpTypesToExcludeOutputQuantization": list(QUANTIZED_OPS), "MatMulConstBOnly": True},
+            extra_options={"OpTypesToExcludeOutputQuantization": list(QUANTIZED_OPS)},
         )
     int8 = onnx.load(int8_path)
     _check_ranges(int8, int8_path)
@@ -67,6 +68,12 @@ def quantize_int8(
     write_metadata(int8, {**{entry.key: entry.value for entry in fp32.metadata_props}, **metadata})
     lint(int8)
     save(int8, int8_path)
+
+
+def _without_weights(model: onnx.ModelProto) -> list[str]:
+    """Names of the products that have no weights on their right (onnxruntime's MatMulConstBOnly is not heeded for QDQ, 1.31)."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    return [node.name for node in model.graph.node if node.op_type in QUANTIZED_OPS and node.input[1] not in weights]
 
 
 def _ranges(fp32_path: Path, calibration: Iterable[Mapping[str, np.ndarray]], scratch: Path) -> TensorsData:
@@ -121,7 +128,7 @@ def _check_ranges(model: onnx.ModelProto, path: Path) -> None:
 def _restore_identity(int8: onnx.ModelProto, fp32: onnx.ModelProto) -> None:
     """Undo what the quantizer changes beside the graph: names, versions, unused operator domains."""
     int8.ir_version = min(fp32.ir_version, IR_VERSION_MAX)
-    int8.producer_name, int8.producer_version, int8.doc_string = fp32.producer_name, fp32.producer_version, ""
+    int8.producer_name, int8.producer_version = fp32.producer_name, fp32.producer_version
     int8.graph.name = fp32.graph.name
     del int8.graph.value_info[:]
     used = {node.domain for node in int8.graph.node}

@@ -149,6 +149,7 @@ def _emit(model: onnx.ModelProto, name: str, checksum: str, onnx_path: Path) -> 
 
     pinned = pin_batch(model)
     del pinned.metadata_props[:]  # lineage stays in the ONNX file; the checksum ties the C source to it
+    pinned.doc_string = ""
     with tempfile.TemporaryDirectory(prefix="rankd-c-") as folder:
         templates = Path(folder) / "templates"
         shutil.copytree(Path(emx_onnx_cgen.__file__).parent / "templates", templates)

@@ -6,12 +6,14 @@ import weakref
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import numpy_helper
 
 from rankd_pipeline.compression.quantization import quantize_int8
 from rankd_pipeline.errors import RankdError
 from rankd_pipeline.runtime.onnx_export import SIGNATURE_KEY, export_onnx, read_metadata
 from rankd_pipeline.runtime.parity import onnx_runner, parity
+from rankd_pipeline.runtime.signature import ModelSignature, TensorSpec
 from rankd_pipeline_tests.runtime import toys
 
 
@@ -45,6 +47,34 @@ def test_int8_decides_nearly_as_fp32_and_is_quantized(fp32, tmp_path):
     assert metadata["rankd.recipe"] == "abc"
     assert metadata["rankd.precision"] == "int8"
     assert SIGNATURE_KEY in metadata
+
+
+class Correlation(torch.nn.Module):
+    """A layer, then weights from the left, then the product of what came out with itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.left = torch.nn.Linear(8, 8, bias=False), torch.nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.left @ self.layer(x)
+        return y @ y.transpose(-1, -2)
+
+
+def test_products_of_activations_and_weights_on_the_left_stay_float(tmp_path):
+    signature = ModelSignature(
+        name="correlation", budget_us=1000.0, inputs=(TensorSpec(name="x", axes=("row", "column"), shape=(4, 8), unit="1"),),
+        outputs=(TensorSpec(name="square", axes=("row", "other"), shape=(4, 4), unit="1"),),
+    )  # fmt: skip
+    export_onnx(Correlation(), signature, tmp_path / "fp32.onnx", {})
+    stream = [{"x": np.random.default_rng(seed).standard_normal((64, 4, 8)).astype(np.float32)} for seed in range(2)]
+    quantize_int8(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", stream, {})
+    model = onnx.load(tmp_path / "int8.onnx")
+    by_output = {output: node.op_type for node in model.graph.node for output in node.output}
+    products = [[by_output.get(name) for name in node.input] for node in model.graph.node if node.op_type == "MatMul"]
+    assert len(products) == 3 and products.count(["DequantizeLinear", "DequantizeLinear"]) == 1
+    assert sum("DequantizeLinear" in product for product in products) == 1
 
 
 def test_same_stream_same_bytes_and_batching_does_not_matter(fp32, tmp_path):

@@ -169,6 +169,22 @@ def test_truncated_model_is_refused(mlp_toy, tmp_path_factory, cut):
         load_session(path)
 
 
+def test_model_cut_between_two_fields_is_refused(mlp_toy, tmp_path):
+    """Each field of the file is whole there, and the graph too: only what the doc string names tells that the end is lost."""
+    model = onnx.load(mlp_toy.fp32)
+    path, whole = tmp_path / "cut.onnx", mlp_toy.fp32.read_bytes()
+    entries = [entry.SerializeToString() for entry in model.metadata_props]
+    ends = [whole.rindex(entry) + len(entry) for entry in entries]
+    ends = [whole.rindex(b"\x72", 0, whole.rindex(entries[0])), *ends]  # the first entry's tag, then the end of each
+    assert len(ends) > 2 and ends[-1] == len(whole)
+    for end in ends[:-1]:
+        path.write_bytes(whole[:end])
+        onnx.checker.check_model(onnx.load(path))
+        for use in (verify_onnx, load_session):
+            with pytest.raises(RankdError, match="its end is missing"):
+                use(path)
+
+
 def test_export_refuses_a_module_that_does_not_fit(tmp_path):
     """Wrong output shape is told before the exporter runs; a name that C cannot have is refused."""
     wrong = toys.MLP_SIGNATURE.model_copy(update={"outputs": (TensorSpec(name="beam", axes=("beam",), shape=(63,), unit="1"),)})
