@@ -3,6 +3,7 @@
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -10,15 +11,19 @@ import pyarrow as pa
 from rankd_pipeline.audit.schema import ColumnSpec, as_column
 from rankd_pipeline.errors import RankdError
 from rankd_pipeline.spec import PipelineSpec
-from rankd_pipeline.steps.data import FEATURES, LABELS
+from rankd_pipeline.steps.data import FEATURES, LABELS, split_is
 from rankd_pipeline.steps.runner import StepContext
-from rankd_pipeline.store.tensors import read_columns, shards, tensor_array, write_parquet
+from rankd_pipeline.store.artifact import Artifact
+from rankd_pipeline.store.tensors import column_array, read_columns, shards, tensor_array, write_parquet
 from rankd_pipeline.telemetry.contract import SOURCE, telemetry_schema
 from rankd_pipeline.telemetry.roles import JUDGE, roles_of
 from rankd_pipeline.telemetry.rows import columns_of_files
 from rankd_pipeline.training.seeds import derive_seed
 
 SCENARIO = "field"
+SILENT, REPORTED = 0.02, 0.05
+"""An element (a beam) is silent at a site that reports it SILENT times as often as the general corpus, or less; one that is
+reported in fewer than REPORTED of the general rows says nothing."""
 
 
 def join_site_data(ctx: StepContext) -> None:
@@ -53,8 +58,26 @@ def join_site_data(ctx: StepContext) -> None:
         "telemetry": telemetry.recipe, "windows": [list(window) for window in site.windows], "first_id": first_id,
         "rows": len(role), "held_back": int((role == JUDGE).sum()), "labelled": int(kept["has_label"].sum()),
         "owner": ctx.spec.steps.telemetry.owner, "may_leave": ctx.spec.steps.telemetry.may_leave,
-        "share": ctx.spec.steps.telemetry.site_share, "sites": dict(zip(sites.tolist(), counts.tolist(), strict=True)),
+        "share": ctx.spec.steps.telemetry.site_share, "silent": _silent(ctx, base, features),
+        "sites": dict(zip(sites.tolist(), counts.tolist(), strict=True)),
     }  # fmt: skip
+
+
+def _silent(ctx: StepContext, base: Artifact, site: pa.Table) -> list[dict[str, Any]]:
+    """What the site does not report although the general corpus does: column, its mask, elements (flat indices).
+
+    Where most of a column is silent, nothing is lost but a habit of reporting; that is not hidden from the general rows.
+    """
+    found = []
+    for spec in ctx.function.schema(ctx.corpus_config).columns:
+        if spec.mask is None:
+            continue
+        everywhere = read_columns(base.file(FEATURES), [spec.mask], split_is("train"))[spec.mask].mean(axis=0).ravel()
+        here = column_array(site[spec.mask]).mean(axis=0).ravel()
+        silent = np.flatnonzero((here <= SILENT * everywhere) & (everywhere >= REPORTED))
+        if 0 < len(silent) <= len(here) // 2:
+            found.append({"column": spec.name, "mask": spec.mask, "elements": silent.tolist()})
+    return found
 
 
 def roles_for(spec: PipelineSpec, columns: dict[str, np.ndarray]) -> np.ndarray:

@@ -4,7 +4,7 @@ import pyarrow as pa
 
 from rankd_pipeline.distillation.distiller import DistillationConfig
 from rankd_pipeline.distillation.heads import outputs_of
-from rankd_pipeline.steps.data import FEATURES
+from rankd_pipeline.steps.data import FEATURES, as_trained
 from rankd_pipeline.steps.runner import StepContext
 from rankd_pipeline.steps.teacher import load_teacher
 from rankd_pipeline.store.tensors import column_array, iter_tables, shards, tensor_array, write_parquet
@@ -23,8 +23,8 @@ def soft_labels(ctx: StepContext) -> None:
     calibration = ctx.inputs["calibration_scorecard"].metrics["calibration_parameters"]
     corpus = ctx.inputs["corpus"]
     total, passes = len(shards(corpus.file(FEATURES))), 0
-    for index, table in enumerate(iter_tables(corpus.file(FEATURES), ["sample_id", *ctx.function.feature_columns])):
-        features = {name: column_array(table[name]) for name in table.column_names}
+    for index, table in enumerate(iter_tables(corpus.file(FEATURES), ["sample_id", "split", *ctx.function.feature_columns])):
+        features = as_trained(corpus, {name: column_array(table[name]) for name in table.column_names})
         outputs = outputs_of(model, ctx.function.model_inputs(features), ctx.config.batch)
         soft = head.stored(outputs, calibration)
         write_parquet(

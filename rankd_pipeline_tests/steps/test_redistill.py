@@ -9,11 +9,13 @@ import pytest
 from click.testing import CliRunner
 
 from rankd_pipeline.cli import rankd
+from rankd_pipeline.distillation.heads import outputs_of
 from rankd_pipeline.ran_functions.registry import load_function
 from rankd_pipeline.runtime.bundle import verify_bundle
 from rankd_pipeline.settings import Settings, settings
 from rankd_pipeline.spec import DriftSensor, PipelineSpec, Sensors, SiteData, load_pipeline
 from rankd_pipeline.steps.chain import STEPS
+from rankd_pipeline.steps.data import as_trained, features_of, split_is, training_columns
 from rankd_pipeline.steps.promotion import challenge
 from rankd_pipeline.steps.runner import open_store, resolve, run_step
 from rankd_pipeline.steps.site_data import roles_for
@@ -22,16 +24,19 @@ from rankd_pipeline.steps.watch import report_drift, take_telemetry
 from rankd_pipeline.store.artifact import Artifact, Store
 from rankd_pipeline.store.ledger import open_ledger
 from rankd_pipeline.store.lineage import lineage_of, models_of_site
-from rankd_pipeline.store.tensors import read_columns
+from rankd_pipeline.store.tensors import read_columns, rows_of
 from rankd_pipeline.telemetry.contract import telemetry_schema
 from rankd_pipeline.telemetry.field import Play, play
 from rankd_pipeline.telemetry.rows import columns_of_files
 from rankd_pipeline.telemetry.windows import HOUR_S
+from rankd_pipeline.training.weights import load_weights
 from rankd_pipeline_tests.telemetry.made import START_S
 
 PIPELINE = "beam_management"
 CONFIG = load_pipeline(PIPELINE)
 SPEC = CONFIG.at("smoke")
+BROKEN = 7
+"""The beam that the field's `broken_beam` silences."""
 
 
 @dataclasses.dataclass
@@ -108,6 +113,33 @@ def test_telemetry_joins_the_corpus_as_site_data(loop: Loop) -> None:
     assert int(np.isin(labels, features["sample_id"][mine]).sum()) == site["labelled"] > 0
     linked = next(iter(base.file("features").glob("*.parquet")))
     assert (corpus.file("features") / linked.name).stat().st_ino == linked.stat().st_ino, "the general corpus is not copied"
+
+
+def test_a_dead_beam_is_hidden_in_half_of_the_general_training_rows(loop: Loop) -> None:
+    corpus, function = loop.second["corpus"], load_function(PIPELINE)
+    assert corpus.metrics["site"]["silent"] == [{"column": "l1_rsrp_dbm", "mask": "l1_rsrp_mask", "elements": [BROKEN]}]
+    ids, seen = training_columns(function, corpus, loop.second["oracle_labels"])
+    base = features_of(loop.first["corpus"], function.feature_columns, split_is("train"))
+    assert as_trained(loop.first["corpus"], base) is base, "without a fault nothing is touched"
+    rows = np.flatnonzero(ids < corpus.metrics["site"]["first_id"])
+    assert (ids[rows] == base["sample_id"]).all()
+    odd, others = ids[rows] % 2 == 1, np.arange(16) != BROKEN
+    assert base["l1_rsrp_mask"][odd][..., BROKEN].mean() > 0.2
+    for name in function.feature_columns:
+        assert not seen[name][rows][odd][..., BROKEN].any()
+        assert (seen[name][rows][~odd] == base[name][~odd]).all() and (
+            seen[name][rows][..., others] == base[name][..., others]
+        ).all()
+    soft = read_columns(loop.second["soft_labels"].file("soft_labels"), ["sample_id", "teacher"])
+    teacher = function.teacher(function.corpus_config(SPEC.steps.corpus.simulation), SPEC.steps.teacher.network)
+    load_weights(teacher, loop.second["teacher"].file("weights.safetensors"))
+    hidden = ids[rows][odd & (base["l1_rsrp_mask"][..., BROKEN].ravel() > 0)]
+    judged = outputs_of(
+        teacher.eval(), {name: seen[name][np.isin(ids, hidden)][: len(hidden)] for name in function.feature_columns}
+    )
+    told = soft["teacher"][rows_of(soft["sample_id"], hidden)].astype(np.float32)
+    calibration = loop.second["calibration_scorecard"].metrics["calibration_parameters"]
+    assert np.allclose(told, function.head().stored(judged, calibration).astype(np.float32), atol=0.02), "the teacher saw the same"
 
 
 def test_sessions_that_judge_trained_nothing(loop: Loop) -> None:
