@@ -122,7 +122,7 @@ def _summary(
         table, "test", plain, metric=metric.name, higher_is_better=metric.higher_is_better, aggregate=metric.aggregate
     )  # fmt: skip
     sign = 1.0 if metric.higher_is_better else -1.0
-    rivals = {model: headline(ctx, table, model).value for model in models if model not in ("teacher", RAW)}
+    rivals = {model: score_of(table, f"{model}@test", metric) for model in models if model not in ("teacher", RAW)}
     better = sorted(model for model, other in rivals.items() if sign * (score.value - other) <= 0)
     reference = ctx.function.gap_baseline
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from rankd_pipeline.distillation.heads import parameter_count
+from rankd_pipeline.distillation.heads import Calibration, parameter_count
 from rankd_pipeline.errors import RankdError
 from rankd_pipeline.evaluation.paired import PairedGain, paired_gain
 from rankd_pipeline.evaluation.table import write_table
@@ -22,7 +22,7 @@ from rankd_pipeline.steps.scoring import (
     score_table,
 )
 from rankd_pipeline.steps.soft_labels import SOFT
-from rankd_pipeline.steps.students import load_student, student_job, write_student_data
+from rankd_pipeline.steps.students import load_student, score_job, student_job, write_student_data
 from rankd_pipeline.steps.teacher import WEIGHTS, load_teacher
 from rankd_pipeline.store.tensors import read_columns, rows_of
 from rankd_pipeline.training.fit import FitConfig
@@ -142,20 +142,28 @@ def _judge(
     corpus, model = ctx.inputs["corpus"], load_student(ctx.function, chosen)
     calibration = fitted_calibration(ctx, model)
     save_weights(model, ctx.out / name / WEIGHTS)
-    # Calibration changes no estimate and hardly a decision, so the seeds are scored with that of the one that is deployed.
-    students = [job for jobs in by_arm.values() for job in jobs]
-    seeds = {job["name"]: network_predictor(ctx, load_student(ctx.function, job), calibration) for job in students}
     splits = present_splits(corpus)
     deployed = evaluate_splits(ctx, corpus, {name: network_predictor(ctx, model, calibration)}, splits, [name])
     write_table(deployed, ctx.out / name / "evaluation.parquet")
-    table = evaluate_splits(ctx, corpus, seeds, ["test"], list(seeds))
     sign = 1.0 if ctx.function.metric.higher_is_better else -1.0
-    scores = {arm: [sign * headline(ctx, table, job["name"]).value for job in jobs] for arm, jobs in by_arm.items()}
+    found = _seed_scores(ctx, [job for jobs in by_arm.values() for job in jobs], calibration)
+    scores = {arm: [sign * found[job["name"]] for job in jobs] for arm, jobs in by_arm.items()}
     kd = paired_gain(scores["distilled"], scores["scratch"])
     dark = paired_gain(scores["distilled"], scores["hard"]) if "hard" in scores else None
     metrics = _summary(ctx, name, deployed, parameter_count(model), sign * float(np.mean(scores["scratch"])), kd, dark)
     metrics |= {"calibration_parameters": calibration, "seed_scores": {arm: [sign * s for s in scores[arm]] for arm in scores}}
     return metrics, score_table(ctx, deployed, [name], splits)
+
+
+def _seed_scores(ctx: StepContext, students: list[dict[str, Any]], calibration: Calibration) -> dict[str, float]:
+    """The headline score of every student on the test split, by name; each worker reads the split once.
+
+    Calibration changes no estimate and hardly a decision, so all are scored with that of the one that is deployed.
+    """
+    shares = [students[start :: ctx.workers] for start in range(min(ctx.workers, len(students)))]
+    jobs = [{"students": share, "corpus": ctx.inputs["corpus"], "calibration": calibration} for share in shares]
+    ctx.progress(0, 1, "scoring every seed")
+    return {name: score for scores in map_processes(score_job, jobs, ctx.workers) for name, score in scores.items()}
 
 
 def _draw(ctx: StepContext, name: str, metrics: dict[str, Any], history: list[dict[str, Any]]) -> None:

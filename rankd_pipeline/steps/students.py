@@ -13,7 +13,8 @@ from rankd_pipeline.distillation.distiller import Apprentice, DistillationConfig
 from rankd_pipeline.distillation.heads import outputs_of
 from rankd_pipeline.distillation.teacher_view import TeacherView
 from rankd_pipeline.ran_functions.registry import load_function
-from rankd_pipeline.steps.data import read_npy, write_npy
+from rankd_pipeline.steps.data import evaluation_data, read_npy, write_npy
+from rankd_pipeline.steps.scoring import score_of
 from rankd_pipeline.training.fit import FitConfig, fit
 from rankd_pipeline.training.seeds import derive_seed
 from rankd_pipeline.training.weights import load_if_they_fit, load_weights, save_weights
@@ -111,6 +112,19 @@ def load_student(function: Any, job: Mapping[str, Any]) -> torch.nn.Module:
     model = function.student(function.corpus_config(job["corpus"]), job["network"])
     load_weights(model, Path(job["out"]) / f"{job['name']}.safetensors")
     return model.eval()
+
+
+def score_job(job: Mapping[str, Any]) -> dict[str, float]:
+    """Score trained students on the test split, in a worker process: the headline metric by name.
+
+    job: students (finished jobs of one function), corpus (Artifact), calibration.
+    """
+    function = load_function(job["students"][0]["function"])
+    features, truth = evaluation_data(function, job["corpus"], "test")
+    models = {student["name"]: function.network_predictor(load_student(function, student), job["calibration"])
+              for student in job["students"]}  # fmt: skip
+    table = function.evaluate(models, features, truth, "test", frozenset(models))
+    return {name: score_of(table, f"{name}@test", function.metric) for name in models}
 
 
 def write_student_data(folder: Path, train: Mapping[str, np.ndarray], val: Mapping[str, np.ndarray]) -> None:

@@ -75,5 +75,5 @@ def _rolled_bler(network: LinkNetwork, temperature: float, prices: list[float], 
         **dict(zip(map(price_key, AIMS), prices, strict=True)),
     }  # fmt: skip
     policy = Learned(stepper(Deployable(network, trial, AIMS)), network.state_size + 1, np.repeat(AIMS, len(traces.cqi_NT)))
-    rollout = roll_out(Traces(**{name: np.concatenate([values] * len(AIMS)) for name, values in vars(traces).items()}), policy)
+    rollout = roll_out(traces.repeated(len(AIMS)), policy)
     return 1.0 - rollout.ack_NT.reshape(len(AIMS), -1).mean(axis=1)

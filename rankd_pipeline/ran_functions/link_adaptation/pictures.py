@@ -68,10 +68,11 @@ def target_picture(traces: Traces, models: Mapping[str, Policy]) -> bytes:
     figure, axes = new_figure()
     right = axes.twinx()
     right.spines["top"].set_visible(False)
+    side_by_side, users = traces.repeated(len(TARGETS)), len(traces.cqi_NT)
     for name, colour in colours(list(models)):
-        rollouts = [roll_out(traces, models[name].aiming_at(target)) for target in TARGETS]
-        bler = [1.0 - float(rollout.ack_NT.mean()) for rollout in rollouts]
-        goodput = [float(goodput_bit_s_hz(rollout).mean()) for rollout in rollouts]
+        rollout = roll_out(side_by_side, models[name].aiming_at(np.repeat(TARGETS, users)))
+        bler = 1.0 - rollout.ack_NT.reshape(len(TARGETS), -1).mean(axis=1)
+        goodput = goodput_bit_s_hz(rollout).reshape(len(TARGETS), -1).mean(axis=1)
         axes.plot(TARGETS, bler, color=colour, marker="o", markersize=4, linewidth=1.3, label=f"{readable(name)}: BLER")
         right.plot(TARGETS, goodput, color=colour, marker="s", markersize=4, linewidth=1.0, linestyle=(0, (4, 3)))
     axes.plot(TARGETS, TARGETS, color="#9aa5b1", linewidth=0.8, label="as asked")

@@ -52,7 +52,7 @@ class OuterLoop(Policy):
         self.sinr_db = self.tables.cqi_sinr_db_Q[report["cqi"]] - self.offset
         return Choice(self.pick(self.sinr_db))
 
-    def aiming_at(self, target: float) -> "OuterLoop":
+    def aiming_at(self, target: float | np.ndarray) -> "OuterLoop":
         return OuterLoop(self.tables, target, self.up, self.first)
 
     def expected(self, choice: Choice) -> np.ndarray:
@@ -77,12 +77,17 @@ class OuterLoopByDoppler(OuterLoop):
     """
 
     def __init__(
-        self, tables: LinkTables, target: float, edges_hz: tuple[float, ...], steps_db: np.ndarray, offset_db: float | np.ndarray
+        self,
+        tables: LinkTables,
+        target: float | np.ndarray,
+        edges_hz: tuple[float, ...],
+        steps_db: np.ndarray,
+        offset_db: float | np.ndarray,
     ) -> None:
         super().__init__(tables, target, 0.0, offset_db)
         self.edges, self.steps = edges_hz, np.asarray(steps_db)
 
-    def aiming_at(self, target: float) -> "OuterLoopByDoppler":
+    def aiming_at(self, target: float | np.ndarray) -> "OuterLoopByDoppler":
         return OuterLoopByDoppler(self.tables, target, self.edges, self.steps, self.first)
 
     def start(self, traces: Traces) -> None:
@@ -113,7 +118,7 @@ class Learned(Policy):
     def __init__(self, run: Run, state_size: int, target: float | np.ndarray) -> None:
         self.run, self.state_size, self.target = run, state_size, target
 
-    def aiming_at(self, target: float) -> "Learned":
+    def aiming_at(self, target: float | np.ndarray) -> "Learned":
         return Learned(self.run, self.state_size, target)
 
     def start(self, traces: Traces) -> None:

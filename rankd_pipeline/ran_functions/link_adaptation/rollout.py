@@ -38,6 +38,10 @@ class Traces:
     draw_NT: np.ndarray
     step_slot_N: np.ndarray
 
+    def repeated(self, times: int) -> "Traces":
+        """The same users `times` times, one block after the other: candidates run side by side as users of their own."""
+        return Traces(**{name: np.concatenate([values] * times) for name, values in vars(self).items()})
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -58,8 +62,8 @@ class Policy(ABC):
     def choose(self, report: Report) -> Choice:
         """The MCS of the coming transmissions, from what arrived in this slot."""
 
-    def aiming_at(self, target: float) -> "Policy":
-        """The same method with another BLER target. Raises: RankdError where it has none."""
+    def aiming_at(self, target: float | np.ndarray) -> "Policy":
+        """The same method with another BLER target, of all users or of each [N]. Raises: RankdError where it has none."""
         raise RankdError(f"link_adaptation: {type(self).__name__} has no BLER target.")
 
     def __call__(self, features: Mapping[str, np.ndarray]) -> np.ndarray:
