@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rankd_pipeline.errors import RankdError
-from rankd_pipeline.ran_functions.channel_prediction.alignment import Turn, continued, mirrored
+from rankd_pipeline.ran_functions.channel_prediction.alignment import LOADING, Turn, cleaned, continued, mirrored
 from rankd_pipeline.ran_functions.channel_prediction.networks import (
     SIZES,
     Deployable,
@@ -157,9 +157,44 @@ def test_a_lone_path_is_the_same_to_every_aligned_network():
     assert np.allclose(turn.into(turn.back(seen)).numpy(), seen.numpy(), atol=1e-4)
 
 
+def noisy_paths(rng, noise=0.01):
+    """A channel [3, 8, 8, 8] of four paths each and unit power, and the same with white noise, as patches."""
+    t, a, k = np.ogrid[:8, :8, :8]
+    h = sum(
+        np.exp(2j * np.pi * rng.random((3, 1, 1, 1)))
+        * np.exp(1j * sum(rng.uniform(-0.4, 0.4, (3, 1, 1, 1)) * axis for axis in (t, a, k)))
+        for _ in range(4)
+    )
+    h = h / np.sqrt((np.abs(h) ** 2).mean(axis=(1, 2, 3), keepdims=True))
+    white = (rng.standard_normal(h.shape) + 1j * rng.standard_normal(h.shape)) * np.sqrt(noise / 2)
+    return (torch.from_numpy(patchify(x.astype(np.complex64))) for x in (h, h + white))
+
+
+def test_cleaning_is_the_wiener_filter_across_the_run():
+    """Over time: along antennas and subcarriers, written out with complex matrices; over frequency: time and antennas."""
+    rng, noise = np.random.default_rng(2), 0.02
+    _, received = noisy_paths(rng, noise)
+    x = received.numpy().view(np.complex64).reshape(3, 8, 4, 4, 4)  # sample, patch, time, antenna, subcarrier
+    for found, axes in zip(cleaned(received, noise), ((3, 4), (2, 3)), strict=True):
+        expected = x
+        for axis in axes:
+            lines = np.moveaxis(x, axis, -1).reshape(3, -1, 4)
+            covariance = np.einsum("bni,bnj->bij", lines.conj(), lines) / lines.shape[1] + LOADING * noise * np.eye(4)
+            weights = np.eye(4) - noise * np.linalg.inv(covariance)
+            expected = np.moveaxis(np.einsum("b...i,bij->b...j", np.moveaxis(expected, axis, -1), weights), -1, axis)
+        assert np.allclose(found.numpy().view(np.complex64), expected.reshape(3, 8, 64), atol=1e-3)
+
+
+def test_cleaning_takes_noise_out_of_few_paths():
+    clean, received = noisy_paths(np.random.default_rng(3))
+    before = (received - clean).square().mean()
+    for found in cleaned(received, 0.01):
+        assert (found - clean).square().mean() < 0.7 * before
+
+
 @pytest.mark.parametrize("task", ["time", "frequency"])
 def test_three_paths_are_continued(task):
-    """A sum of three exponentials obeys a recursion of order six, so its run has one answer."""
+    """A sum of three exponentials obeys a recursion of order three, so its run has one answer."""
     rng = np.random.default_rng(1)
     t, a, k = np.ogrid[:16, :4, :16]
     h = np.zeros((2, 16, 4, 16), complex)

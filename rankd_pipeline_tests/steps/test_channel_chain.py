@@ -58,8 +58,8 @@ def test_the_score_is_in_db_and_better_than_saying_nothing(made):
     assert card["metric"] == {"name": "nmse", "unit": "dB", "higher_is_better": False}
     for part in ("teacher", "student"):
         assert -20.1 < card[part]["score"] < -0.2
-    assert card["teacher"]["baseline"]["name"] in ("hold", "ar", "wiener")
-    assert {"hold", "ar", "wiener", "lstm"} <= set(artifacts["calibration_scorecard"].metrics["rivals"])
+    assert card["teacher"]["baseline"]["name"] in ("hold", "ar", "ar_cleaned", "wiener")
+    assert {"hold", "ar", "ar_cleaned", "wiener", "lstm"} <= set(artifacts["calibration_scorecard"].metrics["rivals"])
     assert abs(card["quantized"]["drop"]) < 0.2
 
 
@@ -67,7 +67,7 @@ def test_the_deployed_file_answers_its_shape_and_all_models_are_held_against_it_
     table = read_table(made[2]["deployment"].path / "evaluation.parquet")
     rows = table[(table["metric"] == "nmse") & (table["split"] == "test")]
     by_model = rows.groupby("model", observed=True)["unit"].apply(lambda units: tuple(sorted(units)))
-    assert len(set(by_model)) == 1 and set(by_model.index) == {"shipped", "hold", "ar", "wiener"}
+    assert len(set(by_model)) == 1 and set(by_model.index) == {"shipped", "hold", "ar", "ar_cleaned", "wiener"}
     sets = {cell.split("|")[0] for cell in rows["cell"].astype(str)}
     assert sets == {"set=D3-s", "set=D8-s"}  # D15-s has another grid
 

@@ -1,8 +1,9 @@
-"""What a channel's paths have in common, taken out of it exactly: ramps of phase, and the linear run of a few paths.
+"""What a channel's paths have in common: ramps of phase, taken out of it exactly, and a few paths' run, cleaned of noise.
 
 A user at another speed or distance multiplies the channel by a phase that is linear in time, or frequency; a few paths make a
-sum of such ramps, which an autoregressive model continues. A network between `Turn.into` and `Turn.back`, which learns the
-change against `continued`, need not learn either for every carrier, speed and delay anew.
+sum of such ramps, which an autoregressive model continues, and in which neighbouring antennas and subcarriers tell channel from
+noise. A network between `Turn.into` and `Turn.back`, which learns the change against `continued`, need not learn any of it for
+every carrier, speed and delay anew.
 
 Shapes: B samples, V visible and M wanted patches, E = 2 * PATCH**3 real numbers a patch. Complex numbers stand as real ones,
 because ONNX has no others.
@@ -17,9 +18,9 @@ from torch import Tensor
 from rankd_pipeline.ran_functions.channel_prediction.config import ELEMENTS, PATCH
 
 ORDER = 6
-"""Of the autoregressive model; its windows lie within two neighbouring patches."""
-STATE = [*range(2 * PATCH - ORDER, 2 * PATCH), *range(4 * PATCH - ORDER, 4 * PATCH)]
-"""Of a line over two patches, real parts and imaginary ones: what the next entry follows from."""
+"""Of the autoregressive model. Two neighbouring patches would allow 7, which fits fast fading too closely."""
+LOADING = 0.1
+"""Of covariances before they are inverted, in noise powers: a few lines alone would overstate what noise there is."""
 REACH = 4
 """Patches that a run is continued over; behind them its last value stays."""
 
@@ -48,8 +49,9 @@ class Turn:
         seen = visible_at.shape[1]
         inside = torch.cartesian_prod(*[torch.arange(PATCH, dtype=torch.float32, device=re.device)] * 3)
         to_patch = (PATCH * torch.cat([visible_at, wanted_at], dim=1).float() * step[:, None]).sum(dim=-1)
-        angle = to_patch[..., None] + (inside * step[:, None]).sum(dim=-1)[:, None]
-        cos, sin = torch.cos(angle), torch.sin(angle)
+        within = (inside * step[:, None]).sum(dim=-1)[:, None]
+        # Sines are slow: few of them, and their products.
+        cos, sin = _rotated(torch.cos(to_patch)[..., None], torch.sin(to_patch)[..., None], torch.cos(within), torch.sin(within))
         level = torch.sqrt((re * re + im * im).mean(dim=(1, 2, 3, 4))).clamp_min(1e-6)
         re, im = _rotated(re.flatten(2), im.flatten(2), cos[:, :seen], -sin[:, :seen])
         total_re, total_im = re.sum(dim=(1, 2)), im.sum(dim=(1, 2))
@@ -88,18 +90,61 @@ def _joined(re: Tensor, im: Tensor) -> Tensor:
     return torch.stack([re, im], dim=-1).flatten(2)
 
 
-def continued(patches_BVE: Tensor, visible_at: Tensor, wanted_at: Tensor, ridge: float = 1e-3) -> Tensor:
+def cleaned(patches_BVE: Tensor, noise: Tensor | float) -> tuple[Tensor, Tensor]:
+    """The patches [B, V, E] for a run over time, and those for one over frequency, with less noise.
+
+    Along an axis the entries of a sample are correlated as its own covariance R says, which the four entries of all lines in
+    all visible patches give; the Wiener filter of white noise (noise: its power) is I - noise R^-1. Only the two axes across
+    the run are filtered: along it, the filter would bend the recursion.
+    """
+    lines = torch.stack([_lines(patches_BVE, axis).flatten(1, 2) for axis in range(3)], dim=1)
+    by_time, by_antenna, by_frequency = _wiener(lines, noise).unbind(dim=1)
+    across = _across(patches_BVE, by_antenna, 1)
+    return _across(across, by_frequency, 2), _across(across, by_time, 0)
+
+
+def _wiener(lines: Tensor, noise: Tensor | float) -> Tensor:
+    """Filters [B, ..., 8, 8] for lines [B, ..., n, 8] (real parts, then imaginary ones), to be multiplied from the right."""
+    square = lines.transpose(-1, -2) @ lines / lines.shape[-2]
+    rr, ri, ir, ii = (square[..., i : i + PATCH, j : j + PATCH] for i in (0, PATCH) for j in (0, PATCH))
+    re, im = rr + ii, ri - ir
+    unit = torch.eye(2 * PATCH, device=lines.device)
+    covariance = torch.cat([torch.cat([re, im], dim=-1), torch.cat([-im, re], dim=-1)], dim=-2)
+    return unit - noise * _inverse(covariance + (LOADING * noise + 1e-6) * unit)
+
+
+def _inverse(matrix: Tensor) -> Tensor:
+    """Of complex Hermitian positive definite matrices, as real ones [..., 2 n, 2 n] = [[re, im], [-im, re]]."""
+    n = matrix.shape[-1] // 2
+    unit = torch.eye(2 * n, device=matrix.device)
+    work = torch.cat([matrix, unit + torch.zeros_like(matrix)], dim=-1)
+    for i in range(n):  # Gauss and Jordan on real and imaginary part at once: their pivot is one real, positive number
+        rows = work[..., i::n, :] / work[..., i : i + 1, i : i + 1]
+        work = work - (work[..., i : 2 * n : n] - unit[:, i::n]) @ rows
+    return work[..., 2 * n :]
+
+
+def _across(patches_BVE: Tensor, filter_BFF: Tensor, axis: int) -> Tensor:
+    """Every line along an axis times a filter of its sample."""
+    return _unlined(_lines(patches_BVE, axis) @ filter_BFF[:, None], axis)
+
+
+def continued(
+    patches_BVE: Tensor, visible_at: Tensor, wanted_at: Tensor, ridge: float = 1e-3, clean: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """Each wanted patch [B, M, E] as the run of the nearest visible one, over time or, at the same time, over frequency.
 
     Autoregressive models along both axes, fitted to each sample by ridge least squares over the windows of all pairs of
     neighbouring visible patches, forwards and (conjugated) backwards. Where no pair leads to a wanted patch, the nearest patch
-    is repeated. Nothing gets larger than the largest entry that was seen.
+    is repeated. Nothing gets larger than the largest entry that was seen. clean: what the runs over time and over frequency
+    are fitted to and start from, where that is not the patches themselves.
     """
     patches, visible, wanted = patches_BVE.float(), visible_at.float(), wanted_at.float()
     away = (wanted[:, :, None] - visible[:, None]).abs() * torch.tensor([1.0, 4.0, 1.0], device=patches.device)
     nearest_BM1 = away.sum(dim=-1).argmin(dim=-1, keepdim=True)
     offset_BM3 = wanted - visible.gather(1, nearest_BM1.expand(-1, -1, 3))
-    pairs, paired = zip(*(_pairs(patches, visible, axis) for axis in (0, 2)), strict=True)
+    sources = (patches, patches) if clean is None else clean
+    pairs, paired = zip(*(_pairs(source, visible, axis) for source, axis in zip(sources, (0, 2), strict=True)), strict=True)
     weights = several_steps(fitted(torch.stack([pair.flatten(1, 2) for pair in pairs], dim=1), ridge)).flatten(3)
     over_time = offset_BM3[..., :1] > 0
     ahead = torch.where(over_time, offset_BM3[..., :1], offset_BM3[..., 2:])
@@ -107,7 +152,8 @@ def continued(patches_BVE: Tensor, visible_at: Tensor, wanted_at: Tensor, ridge:
     at_step = step_BMP + torch.where(over_time, 0, REACH * PATCH)
     chosen = weights.flatten(1, 2).gather(1, at_step.flatten(1)[..., None].expand(-1, -1, 4 * ORDER))
     lines = [pair.flatten(2).gather(1, nearest_BM1.expand(-1, -1, pair[0, 0].numel())) for pair in pairs]
-    state = torch.where(over_time, *lines).unflatten(-1, pairs[0].shape[2:])[..., STATE]
+    line = torch.where(over_time, *lines).unflatten(-1, pairs[0].shape[2:])
+    state = torch.cat([part[..., -ORDER:] for part in line.split(2 * PATCH, dim=-1)], dim=-1)
     run = state @ chosen.unflatten(1, step_BMP.shape[1:]).unflatten(-1, (2, 2 * ORDER)).transpose(2, 3).flatten(2, 3).transpose(
         -1, -2
     )
@@ -144,11 +190,10 @@ def fitted(pairs: Tensor, ridge: float) -> Tensor:
     rr, ri, ir, ii = (square[..., i : i + long, j : j + long] for i in (0, long) for j in (0, long))
     # Correlations conj(x_i) x_j, of all windows; one read backwards and conjugated has them mirrored at the antidiagonal.
     starts = range(long - ORDER)
-    reverse = torch.arange(ORDER, -1, -1, device=pairs.device)
     re, im = (
         torch.stack([part[..., i : i + ORDER + 1, i : i + ORDER + 1] for i in starts]).sum(dim=0) for part in (rr + ii, ri - ir)
     )
-    re, im = (part + part[..., reverse, :][..., reverse].transpose(-1, -2) for part in (re, im))
+    re, im = (part + part.flip(-1, -2).transpose(-1, -2) for part in (re, im))
     gram = torch.cat(
         [
             torch.cat([re[..., :ORDER, :ORDER], -im[..., :ORDER, :ORDER], re[..., :ORDER, ORDER:]], dim=-1),
@@ -159,9 +204,9 @@ def fitted(pairs: Tensor, ridge: float) -> Tensor:
     unit = torch.eye(2 * ORDER, device=pairs.device)
     level = (gram[..., : 2 * ORDER] * unit).sum(dim=(-1, -2), keepdim=True) / (2 * ORDER)
     gram = gram + (ridge * level + 1e-6) * torch.nn.functional.pad(unit, (0, 1))
-    for i in range(2 * ORDER):  # Gauss and Jordan; positive definite, so that no pivot vanishes
-        row = gram[..., i : i + 1, :] / gram[..., i : i + 1, i : i + 1]
-        gram = gram - (gram[..., i : i + 1] - unit[:, i : i + 1]) * row
+    for i in range(ORDER):  # Gauss and Jordan on real and imaginary part at once: their pivot is one real, positive number
+        rows = gram[..., i::ORDER, :] / gram[..., i : i + 1, i : i + 1]
+        gram = gram - (gram[..., i : 2 * ORDER : ORDER] - unit[:, i::ORDER]) @ rows
     wr, wi = gram[..., :ORDER, -1], gram[..., ORDER:, -1]
     return torch.stack([torch.cat([wr, -wi], dim=-1), torch.cat([wi, wr], dim=-1)], dim=-2)
 
@@ -179,15 +224,17 @@ def several_steps(weights: Tensor) -> Tensor:
 
 
 def _lines(patches_BLE: Tensor, axis: int) -> Tensor:
-    """Patches as lines along time (axis 0) or frequency (2): [B, L, 16, 8], real parts, then imaginary ones."""
-    order = (0, 1, 3, 4, 5, 2) if axis == 0 else (0, 1, 2, 3, 5, 4)
+    """Patches as lines along time (axis 0), antennas (1) or frequency (2): [B, L, 16, 8], real parts, then imaginary ones."""
+    order = ((0, 1, 3, 4, 5, 2), (0, 1, 2, 4, 5, 3), (0, 1, 2, 3, 5, 4))[axis]
     return patches_BLE.unflatten(-1, (PATCH, PATCH, PATCH, 2)).permute(order).flatten(4).flatten(2, 3)
 
 
 def _unlined(lines: Tensor, axis: int) -> Tensor:
     """The inverse of `_lines`."""
-    cut = lines.unflatten(-1, (2, PATCH)).unflatten(2, (PATCH, PATCH))  # [B, L, a, k, 2, t] or [B, L, t, a, 2, k]
-    return cut.permute((0, 1, 5, 2, 3, 4) if axis == 0 else (0, 1, 2, 3, 5, 4)).flatten(2)
+    cut = lines.unflatten(-1, (2, PATCH)).unflatten(
+        2, (PATCH, PATCH)
+    )  # [B, L, a, k, 2, t], [B, L, t, k, 2, a] or [B, L, t, a, 2, k]
+    return cut.permute(((0, 1, 5, 2, 3, 4), (0, 1, 2, 5, 3, 4), (0, 1, 2, 3, 5, 4))[axis]).flatten(2)
 
 
 def _parts(patches_BLE: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch.nn import functional
 from rankd_pipeline.distillation.heads import RegressionHead
 from rankd_pipeline.distillation.internals import Internals
 from rankd_pipeline.errors import RankdError
-from rankd_pipeline.ran_functions.channel_prediction.alignment import Turn, continued
+from rankd_pipeline.ran_functions.channel_prediction.alignment import Turn, cleaned, continued
 from rankd_pipeline.ran_functions.channel_prediction.config import ELEMENTS, PATCH
 
 SIZES: dict[str, dict[str, int]] = {
@@ -42,12 +42,17 @@ def masked_transformer(size: str | None = None, **network: Any) -> "MaskedChanne
     return MaskedChannelTransformer(**{**(SIZES[size] if size is not None else {}), **network})
 
 
+NOISE = 0.01
+"""Of a channel's power, from which what is learned of it begins: 20 dB below, as the corpus has it."""
+
+
 class MaskedChannelTransformer(nn.Module):
     """A masked autoencoder: the encoder sees the visible patches, the decoder fills in the wanted ones.
 
     align: turn each sample by the mean Doppler, delay and angle of its visible part first, and back behind the last layer;
-    in between, the decoder is told the autoregressive run of the nearest visible patch, and what is learned is how far to
-    trust each of its entries, and the change against it (alignment.py). Not a part of WiFo.
+    in between, the decoder is told the autoregressive run of the nearest visible patch, from which filters of the sample's own
+    have taken noise, and what is learned is how much noise that is, how far to trust each entry of the run, and the change
+    against it (alignment.py). Not a part of WiFo.
     """
 
     def __init__(
@@ -72,6 +77,7 @@ class MaskedChannelTransformer(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         if align:  # the start is the autoregressive run
+            self.noise = nn.Parameter(torch.zeros(()))
             self.trust = nn.Linear(width, PATCH**3)
             for start in (self.head.weight, self.trust.weight, self.trust.bias):
                 nn.init.zeros_(start)
@@ -122,7 +128,8 @@ class MaskedChannelTransformer(nn.Module):
         turn = start = None
         if self.align:
             patches, turn = Turn.of(patches, visible_at, wanted_at)
-            start = continued(patches, visible_at, wanted_at)
+            clean = cleaned(patches, NOISE * torch.exp(self.noise))
+            start = continued(patches, visible_at, wanted_at, clean=clean)
         embedded = self.embed(patches)
         x_BVD = self._through("encoder", embedded + self.place(visible_at), found)
         x_BVD = self.decoder_embed(self.encoder_norm(x_BVD))

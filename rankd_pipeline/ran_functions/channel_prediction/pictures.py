@@ -21,7 +21,7 @@ from rankd_pipeline.report import figures
 if TYPE_CHECKING:
     import torch
 
-SHOWN = ("teacher", "student_scratch", "hold", "ar", "wiener", "lstm", "transformer")
+SHOWN = ("teacher", "student_scratch", "hold", "ar", "ar_cleaned", "wiener", "lstm", "transformer")
 
 
 def all_pictures(models: Mapping[str, Predictor], features: Arrays) -> Iterator[tuple[str, bytes]]:
