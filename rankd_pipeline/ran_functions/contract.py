@@ -61,7 +61,7 @@ class Baseline:
     fit: Callable[[Arrays, Arrays, int], Predictor]
     needs_truth: tuple[str, ...] = ()
     gate: bool = True
-    """False for a reference that spends more measurements than the networks: printed with the others, no gate."""
+    """False for a reference, printed with the others: it spends more measurements than the networks, or is a part of them."""
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,7 @@ def _notes(spec: PipelineSpec, artifacts: Mapping[str, Artifact], entry: Entry |
         notes.append("The teacher has nothing to teach: it does not beat " + ", ".join(card.metrics["unbeaten"]) + ".")
     if card is not None and card.metrics.get("better_references"):
         names = ", ".join(card.metrics["better_references"])
-        notes.append(f"Better than the teacher, at more measurements than it spends: {names}.")
+        notes.append(f"Better than the teacher, with more than it is given: {names}.")
     student = artifacts.get("student")
     if student is not None and student.metrics["verdict"] == "KD not useful":
         notes.append("KD not useful: distillation is not proven better than training from scratch on the labels.")
