@@ -57,7 +57,7 @@ CHAIN: tuple[StepInfo, ...] = (
              (), ("onnxruntime", "emx-onnx-cgen"), ("quantized_onnx",), on_host=True),
     StepInfo("deployment", "The bundle, its model card and its registered version",
              ("corpus", "audit_report", "oracle_labels", "teacher", "calibration_scorecard", "soft_labels", "student",
-              "quantized_onnx", "latency_profile"), "18",
+              "quantized_onnx", "latency_profile"), "19",
              ("baselines", "metrics"), ("onnxruntime",), ("calibration_scorecard", "quantized_onnx", "latency_profile"),
              reads=("corpus.simulation", "latency_profile.budget_us", "calibration_scorecard.resamples",
                     "calibration_scorecard.end_metric")),
