@@ -13,6 +13,7 @@ from rankd_pipeline.ran_functions.channel_prediction import baselines
 from rankd_pipeline.ran_functions.channel_prediction.config import CATALOGUE, ChannelCorpusConfig
 from rankd_pipeline.ran_functions.channel_prediction.function import ChannelPrediction
 from rankd_pipeline.ran_functions.channel_prediction.metrics import evaluate_task, nmse_of_samples, speed_bin
+from rankd_pipeline.ran_functions.channel_prediction.networks import NOISE, MaskedChannelTransformer
 from rankd_pipeline.ran_functions.channel_prediction.patches import (
     TASKS,
     hidden_patches,
@@ -181,6 +182,20 @@ def test_an_autoregressive_model_runs_a_rotating_phase_on_and_no_baseline_sees_t
     fitted = baselines.fit_wiener(features)
     for predict in (ar, baselines.along_axis(baselines.hold), fitted):
         assert np.array_equal(predict(features), predict(censored))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_cleaned_run_is_an_aligned_network_that_has_learned_nothing(task):
+    features = {**features_of(noise((5, 16, 4, 16))), "task": np.full(5, task)}
+    found = baselines.ar_cleaned(features, NOISE)
+    network = MaskedChannelTransformer(width=16, encoder_depth=1, decoder_depth=1, heads=2, align=True)
+    inputs = network_inputs(features["csi"], features["grid"], features["task"])
+    with torch.no_grad():
+        said = network(**{name: torch.from_numpy(values) for name, values in inputs.items()}).numpy()
+    assert np.allclose(found, said, atol=1e-4)
+    censored = {**features, "csi": features["csi"].copy()}
+    censored["csi"][:, wanted_patches(features["grid"][0], task)] = 1e3
+    assert np.array_equal(found, baselines.ar_cleaned(censored, NOISE))
 
 
 def test_wiener_is_the_least_squares_predictor_of_its_set_and_pools_for_others():
