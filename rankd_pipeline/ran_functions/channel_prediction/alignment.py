@@ -5,6 +5,8 @@ sum of such ramps, which an autoregressive model continues, and in which neighbo
 noise. A network between `Turn.into` and `Turn.back`, which learns the change against `continued`, need not learn any of it for
 every carrier, speed and delay anew.
 
+The turn, and inverses and powers of matrices, are in double precision: in single, torch and a runtime would differ by a per cent.
+
 Shapes: B samples, V visible and M wanted patches, E = 2 * PATCH**3 real numbers a patch. Complex numbers stand as real ones,
 because ONNX has no others.
 """
@@ -44,11 +46,11 @@ class Turn:
     @staticmethod
     def of(patches_BVE: Tensor, visible_at: Tensor, wanted_at: Tensor) -> "tuple[Tensor, Turn]":
         """The visible patches as the network sees them, and the turn for the wanted ones."""
-        re, im = _parts(patches_BVE.float())
+        re, im = _parts(patches_BVE.double())
         step = _mean_steps(re, im)
         seen = visible_at.shape[1]
-        inside = torch.cartesian_prod(*[torch.arange(PATCH, dtype=torch.float32, device=re.device)] * 3)
-        to_patch = (PATCH * torch.cat([visible_at, wanted_at], dim=1).float() * step[:, None]).sum(dim=-1)
+        inside = torch.cartesian_prod(*[torch.arange(PATCH, dtype=re.dtype, device=re.device)] * 3)
+        to_patch = (PATCH * torch.cat([visible_at, wanted_at], dim=1).to(re.dtype) * step[:, None]).sum(dim=-1)
         within = (inside * step[:, None]).sum(dim=-1)[:, None]
         # Sines are slow: few of them, and their products.
         cos, sin = _rotated(torch.cos(to_patch)[..., None], torch.sin(to_patch)[..., None], torch.cos(within), torch.sin(within))
@@ -57,8 +59,9 @@ class Turn:
         total_re, total_im = re.sum(dim=(1, 2)), im.sum(dim=(1, 2))
         size = torch.sqrt(total_re**2 + total_im**2).clamp_min(1e-9)
         u_re, u_im = ((part / size * level)[:, None, None] for part in (total_re, total_im))
-        turn = Turn(step, *_rotated(cos[:, seen:], sin[:, seen:], u_re, u_im), level)
-        return _joined(*_rotated(re, im, u_re, -u_im)) / (level * level)[:, None, None], turn
+        back_re, back_im = _rotated(cos[:, seen:], sin[:, seen:], u_re, u_im)
+        turned = _joined(*_rotated(re, im, u_re, -u_im)) / (level * level)[:, None, None]
+        return turned.float(), Turn(step.float(), back_re.float(), back_im.float(), level.float())
 
     def back(self, patches_BME: Tensor) -> Tensor:
         """Wanted patches [B, M, E] out of the network's frame."""
@@ -77,7 +80,8 @@ def _mean_steps(re: Tensor, im: Tensor) -> Tensor:
     for axis in (2, 3, 4):
         (a, b), (c, d) = ((part.narrow(axis, 1, PATCH - 1), part.narrow(axis, 0, PATCH - 1)) for part in (re, im))
         sums.append([(x * y + z * w).sum(dim=(1, 2, 3, 4)) for x, y, z, w in ((a, b, c, d), (c, b, -a, d))])
-    return torch.atan2(*(torch.stack([pair[i] for pair in sums], dim=1) for i in (1, 0)))
+    # Onnxruntime has no arctangent in double precision; any step near the mean will do, as long as it is undone exactly.
+    return torch.atan2(*(torch.stack([pair[i] for pair in sums], dim=1).float() for i in (1, 0))).to(re.dtype)
 
 
 def _rotated(re: Tensor, im: Tensor, by_re: Tensor, by_im: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,7 +102,7 @@ def cleaned(patches_BVE: Tensor, noise: Tensor | float) -> tuple[Tensor, Tensor]
     the run are filtered: along it, the filter would bend the recursion.
     """
     lines = torch.stack([_lines(patches_BVE, axis).flatten(1, 2) for axis in range(3)], dim=1)
-    by_time, by_antenna, by_frequency = _wiener(lines, noise).unbind(dim=1)
+    by_time, by_antenna, by_frequency = _wiener(lines.double(), noise).float().unbind(dim=1)
     across = _across(patches_BVE, by_antenna, 1)
     return _across(across, by_frequency, 2), _across(across, by_time, 0)
 
@@ -108,7 +112,7 @@ def _wiener(lines: Tensor, noise: Tensor | float) -> Tensor:
     square = lines.transpose(-1, -2) @ lines / lines.shape[-2]
     rr, ri, ir, ii = (square[..., i : i + PATCH, j : j + PATCH] for i in (0, PATCH) for j in (0, PATCH))
     re, im = rr + ii, ri - ir
-    unit = torch.eye(2 * PATCH, device=lines.device)
+    unit = torch.eye(2 * PATCH, dtype=lines.dtype, device=lines.device)
     covariance = torch.cat([torch.cat([re, im], dim=-1), torch.cat([-im, re], dim=-1)], dim=-2)
     return unit - noise * _inverse(covariance + (LOADING * noise + 1e-6) * unit)
 
@@ -116,7 +120,7 @@ def _wiener(lines: Tensor, noise: Tensor | float) -> Tensor:
 def _inverse(matrix: Tensor) -> Tensor:
     """Of complex Hermitian positive definite matrices, as real ones [..., 2 n, 2 n] = [[re, im], [-im, re]]."""
     n = matrix.shape[-1] // 2
-    unit = torch.eye(2 * n, device=matrix.device)
+    unit = torch.eye(2 * n, dtype=matrix.dtype, device=matrix.device)
     work = torch.cat([matrix, unit + torch.zeros_like(matrix)], dim=-1)
     for i in range(n):  # Gauss and Jordan on real and imaginary part at once: their pivot is one real, positive number
         rows = work[..., i::n, :] / work[..., i : i + 1, i : i + 1]
@@ -145,7 +149,7 @@ def continued(
     offset_BM3 = wanted - visible.gather(1, nearest_BM1.expand(-1, -1, 3))
     sources = (patches, patches) if clean is None else clean
     pairs, paired = zip(*(_pairs(source, visible, axis) for source, axis in zip(sources, (0, 2), strict=True)), strict=True)
-    weights = several_steps(fitted(torch.stack([pair.flatten(1, 2) for pair in pairs], dim=1), ridge)).flatten(3)
+    weights = several_steps(fitted(torch.stack([pair.flatten(1, 2) for pair in pairs], dim=1).double(), ridge)).float().flatten(3)
     over_time = offset_BM3[..., :1] > 0
     ahead = torch.where(over_time, offset_BM3[..., :1], offset_BM3[..., 2:])
     step_BMP = (PATCH * (ahead - 1.0) + torch.arange(PATCH, device=ahead.device)).clamp(0, REACH * PATCH - 1).long()
@@ -201,7 +205,7 @@ def fitted(pairs: Tensor, ridge: float) -> Tensor:
         ],
         dim=-2,
     )
-    unit = torch.eye(2 * ORDER, device=pairs.device)
+    unit = torch.eye(2 * ORDER, dtype=pairs.dtype, device=pairs.device)
     level = (gram[..., : 2 * ORDER] * unit).sum(dim=(-1, -2), keepdim=True) / (2 * ORDER)
     gram = gram + (ridge * level + 1e-6) * torch.nn.functional.pad(unit, (0, 1))
     for i in range(ORDER):  # Gauss and Jordan on real and imaginary part at once: their pivot is one real, positive number
@@ -213,8 +217,8 @@ def fitted(pairs: Tensor, ridge: float) -> Tensor:
 
 def several_steps(weights: Tensor) -> Tensor:
     """Weights [..., REACH * PATCH, 2, 2 ORDER] of the same state in the entries one, two, ... steps later, from one step's."""
-    nothing = torch.zeros(*weights.shape[:-2], ORDER - 1, 2 * ORDER, device=weights.device)
-    unit = torch.eye(2 * ORDER, device=weights.device)
+    nothing = torch.zeros(*weights.shape[:-2], ORDER - 1, 2 * ORDER, dtype=weights.dtype, device=weights.device)
+    unit = torch.eye(2 * ORDER, dtype=weights.dtype, device=weights.device)
     rows = [nothing + unit[1:ORDER], weights[..., :1, :], nothing + unit[ORDER + 1 :], weights[..., 1:, :]]
     power, found = torch.cat(rows, dim=-2), weights
     while found.shape[-2] < 2 * REACH * PATCH:
