@@ -109,23 +109,29 @@ def cleaned(patches_BVE: Tensor, noise: Tensor | float) -> tuple[Tensor, Tensor]
 
 def _wiener(lines: Tensor, noise: Tensor | float) -> Tensor:
     """Filters [B, ..., 8, 8] for lines [B, ..., n, 8] (real parts, then imaginary ones), to be multiplied from the right."""
-    square = lines.transpose(-1, -2) @ lines / lines.shape[-2]
-    rr, ri, ir, ii = (square[..., i : i + PATCH, j : j + PATCH] for i in (0, PATCH) for j in (0, PATCH))
-    re, im = rr + ii, ri - ir
+    re, im = (part / lines.shape[-2] for part in _correlations(lines))
     unit = torch.eye(2 * PATCH, dtype=lines.dtype, device=lines.device)
     covariance = torch.cat([torch.cat([re, im], dim=-1), torch.cat([-im, re], dim=-1)], dim=-2)
-    return unit - noise * _inverse(covariance + (LOADING * noise + 1e-6) * unit)
+    loaded = covariance + (LOADING * noise + 1e-6) * unit
+    inverse = _eliminated(torch.cat([loaded, unit + torch.zeros_like(loaded)], dim=-1))[..., 2 * PATCH :]
+    return unit - noise * inverse
 
 
-def _inverse(matrix: Tensor) -> Tensor:
-    """Of complex Hermitian positive definite matrices, as real ones [..., 2 n, 2 n] = [[re, im], [-im, re]]."""
-    n = matrix.shape[-1] // 2
-    unit = torch.eye(2 * n, dtype=matrix.dtype, device=matrix.device)
-    work = torch.cat([matrix, unit + torch.zeros_like(matrix)], dim=-1)
+def _correlations(lines: Tensor) -> tuple[Tensor, Tensor]:
+    """Real and imaginary part of the sums of conj(x_i) x_j over lines [..., n, 2 m] (real parts, then imaginary ones)."""
+    square, m = lines.transpose(-1, -2) @ lines, lines.shape[-1] // 2
+    rr, ri, ir, ii = (square[..., i : i + m, j : j + m] for i in (0, m) for j in (0, m))
+    return rr + ii, ri - ir
+
+
+def _eliminated(work: Tensor) -> Tensor:
+    """[A | Y] -> [1 | A^-1 Y], of complex Hermitian positive definite A as real ones: [..., 2 n, 2 n + columns of Y]."""
+    n = work.shape[-2] // 2
+    unit = torch.eye(2 * n, dtype=work.dtype, device=work.device)
     for i in range(n):  # Gauss and Jordan on real and imaginary part at once: their pivot is one real, positive number
         rows = work[..., i::n, :] / work[..., i : i + 1, i : i + 1]
         work = work - (work[..., i : 2 * n : n] - unit[:, i::n]) @ rows
-    return work[..., 2 * n :]
+    return work
 
 
 def _across(patches_BVE: Tensor, filter_BFF: Tensor, axis: int) -> Tensor:
@@ -189,13 +195,11 @@ def fitted(pairs: Tensor, ridge: float) -> Tensor:
 
     Lines are real parts, then imaginary ones; the state likewise, the ORDER entries before, the oldest first.
     """
-    square = pairs.transpose(-1, -2) @ pairs
     long = 2 * PATCH
-    rr, ri, ir, ii = (square[..., i : i + long, j : j + long] for i in (0, long) for j in (0, long))
     # Correlations conj(x_i) x_j, of all windows; one read backwards and conjugated has them mirrored at the antidiagonal.
     starts = range(long - ORDER)
     re, im = (
-        torch.stack([part[..., i : i + ORDER + 1, i : i + ORDER + 1] for i in starts]).sum(dim=0) for part in (rr + ii, ri - ir)
+        torch.stack([part[..., i : i + ORDER + 1, i : i + ORDER + 1] for i in starts]).sum(dim=0) for part in _correlations(pairs)
     )
     re, im = (part + part.flip(-1, -2).transpose(-1, -2) for part in (re, im))
     gram = torch.cat(
@@ -207,11 +211,8 @@ def fitted(pairs: Tensor, ridge: float) -> Tensor:
     )
     unit = torch.eye(2 * ORDER, dtype=pairs.dtype, device=pairs.device)
     level = (gram[..., : 2 * ORDER] * unit).sum(dim=(-1, -2), keepdim=True) / (2 * ORDER)
-    gram = gram + (ridge * level + 1e-6) * torch.nn.functional.pad(unit, (0, 1))
-    for i in range(ORDER):  # Gauss and Jordan on real and imaginary part at once: their pivot is one real, positive number
-        rows = gram[..., i::ORDER, :] / gram[..., i : i + 1, i : i + 1]
-        gram = gram - (gram[..., i : 2 * ORDER : ORDER] - unit[:, i::ORDER]) @ rows
-    wr, wi = gram[..., :ORDER, -1], gram[..., ORDER:, -1]
+    solved = _eliminated(gram + (ridge * level + 1e-6) * torch.nn.functional.pad(unit, (0, 1)))[..., -1]
+    wr, wi = solved[..., :ORDER], solved[..., ORDER:]
     return torch.stack([torch.cat([wr, -wi], dim=-1), torch.cat([wi, wr], dim=-1)], dim=-2)
 
 
@@ -235,9 +236,7 @@ def _lines(patches_BLE: Tensor, axis: int) -> Tensor:
 
 def _unlined(lines: Tensor, axis: int) -> Tensor:
     """The inverse of `_lines`."""
-    cut = lines.unflatten(-1, (2, PATCH)).unflatten(
-        2, (PATCH, PATCH)
-    )  # [B, L, a, k, 2, t], [B, L, t, k, 2, a] or [B, L, t, a, 2, k]
+    cut = lines.unflatten(-1, (2, PATCH)).unflatten(2, (PATCH, PATCH))  # [B, L, the other two axes, 2, this axis]
     return cut.permute(((0, 1, 5, 2, 3, 4), (0, 1, 2, 5, 3, 4), (0, 1, 2, 3, 5, 4))[axis]).flatten(2)
 
 

@@ -33,6 +33,8 @@ SIZES: dict[str, dict[str, int]] = {
     "tiny-wifo-v3": {"width": 128, "encoder_depth": 3, "decoder_depth": 2, "heads": 8, "expansion": 2},
 }
 """WiFo's sizes, and Tiny-WiFo (the architecture of WiFo-small) with its three smaller versions."""
+NOISE = 0.01
+"""Of a channel's power, from which what is learned of it begins: 20 dB below, as the corpus has it."""
 
 
 def masked_transformer(size: str | None = None, **network: Any) -> "MaskedChannelTransformer":
@@ -40,10 +42,6 @@ def masked_transformer(size: str | None = None, **network: Any) -> "MaskedChanne
     if size is not None and size not in SIZES:
         raise RankdError(f"network size {size!r}: unknown; expected one of {', '.join(SIZES)}, or width and depths of your own.")
     return MaskedChannelTransformer(**{**(SIZES[size] if size is not None else {}), **network})
-
-
-NOISE = 0.01
-"""Of a channel's power, from which what is learned of it begins: 20 dB below, as the corpus has it."""
 
 
 class MaskedChannelTransformer(nn.Module):
