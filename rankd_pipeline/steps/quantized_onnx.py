@@ -17,7 +17,7 @@ from rankd_pipeline.runtime.onnx_export import export_onnx, load_session, run_ba
 from rankd_pipeline.runtime.signature import ModelSignature
 from rankd_pipeline.steps.data import calls_of_rows, present_splits
 from rankd_pipeline.steps.runner import StepContext
-from rankd_pipeline.steps.scoring import evaluate_splits, judge_gates, network_predictor, score_of, score_table
+from rankd_pipeline.steps.scoring import evaluate_splits, judge_gates, score_of, score_table
 from rankd_pipeline.steps.teacher import WEIGHTS
 from rankd_pipeline.training.weights import load_weights
 
@@ -67,10 +67,7 @@ def _candidate(ctx: StepContext, name: str, student: dict[str, Any]) -> tuple[di
     quantize_int8(files["fp32"], files["int8"], batches, {**about, "rankd.precision": "int8"})
     ctx.progress(2, 5, f"{name}: parity")
     checks = _parity(ctx, files, deployable, signature)
-    models: dict[str, Predictor] = {
-        "student": network_predictor(ctx, module, calibration),
-        **{precision: onnx_predictor(ctx, path, signature) for precision, path in files.items()},
-    }
+    models = {precision: onnx_predictor(ctx, path, signature) for precision, path in files.items()}
     table = evaluate_splits(ctx, corpus, models, present_splits(corpus), list(models))
     gates = judge_gates(ctx, ctx.spec.gates.quantized_onnx, table, [], ctx.spec.steps.calibration_scorecard.resamples)
     metrics = _metrics(ctx, files, table, checks, gates)

@@ -1,5 +1,7 @@
 """Step 8: the student, distilled, against two controls over paired seeds; the better one on validation goes on."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -7,10 +9,10 @@ import pandas as pd
 
 from rankd_pipeline.distillation.heads import Calibration, parameter_count
 from rankd_pipeline.errors import RankdError
-from rankd_pipeline.evaluation.paired import PairedGain, paired_gain
+from rankd_pipeline.evaluation.paired import paired_gain
 from rankd_pipeline.evaluation.table import write_table
 from rankd_pipeline.report import figures
-from rankd_pipeline.spec import StudentCandidate, validated
+from rankd_pipeline.spec import validated
 from rankd_pipeline.steps.data import features_of, labelled_inputs, present_splits, split_is, training_columns
 from rankd_pipeline.steps.runner import StepContext
 from rankd_pipeline.steps.scoring import (
@@ -31,49 +33,69 @@ from rankd_pipeline.training.seeds import derive_seed
 from rankd_pipeline.training.weights import load_weights, save_weights
 
 
+@dataclass(frozen=True)
+class _Compared:
+    """One candidate's students, trained: its temperature sweep, and every arm under every paired seed."""
+
+    name: str
+    temperature: float
+    sweep: list[dict[str, Any]]
+    paired: list[dict[str, Any]]
+
+    def of(self, arm: str) -> list[dict[str, Any]]:
+        return [job for job in self.paired if job["arm"] == arm]
+
+    @property
+    def validation(self) -> dict[str, float]:
+        """Mean score of the two arms that may be deployed."""
+        return {arm: float(np.mean([job["validation_score"] for job in self.of(arm)])) for arm in ("distilled", "scratch")}
+
+    @property
+    def arm(self) -> str:
+        return max(self.validation, key=lambda arm: self.validation[arm])
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """The one that goes on."""
+        return max(self.of(self.arm), key=lambda job: job["validation_score"])
+
+
 def student(ctx: StepContext) -> None:
     """Write `<candidate>/` with weights, comparison and evaluation of each candidate, `scores.json` and figures.
 
     metrics are those of the candidate with the best validation score; `candidates` holds those of all.
     """
     _lay_out(ctx)
-    made = {name: _candidate(ctx, name, config) for name, config in ctx.spec.students.items()}
-    best = max(made, key=lambda name: made[name][0]["validation"][made[name][0]["arm"]])
+    compared = _trained(ctx)
+    calibrations = {item.name: fitted_calibration(ctx, load_student(ctx.function, item.chosen)) for item in compared}
+    scores = _seed_scores(ctx, compared, calibrations)
+    made = {item.name: _published(ctx, item, calibrations[item.name], scores) for item in compared}
+    best = max(compared, key=lambda item: item.validation[item.arm]).name
     ctx.metrics.update(made[best][0], candidate=best, candidates={name: metrics for name, (metrics, _) in made.items()})
     ctx.write_json("scores.json", [row for _, rows in made.values() for row in rows])
 
 
-def _candidate(ctx: StepContext, name: str, config: StudentCandidate) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Sweep, compare and publish one candidate: its metrics, and its rows for the table of scores."""
-    validated(FitConfig, config.fit, f"pipeline {ctx.spec.pipeline}, steps.student.fit of {name}")
-    head = ctx.function.head()
+def _trained(ctx: StepContext) -> list[_Compared]:
+    """Sweep the temperature, then train all arms under paired seeds: all candidates side by side, so that no worker waits."""
+    head, students = ctx.function.head(), ctx.spec.students
+    for name, config in students.items():
+        validated(FitConfig, config.fit, f"pipeline {ctx.spec.pipeline}, steps.student.fit of {name}")
     temperatures = ctx.config.temperatures if head.tempered else (1.0,)
-    of = "" if len(ctx.spec.students) == 1 else f"{name}: "
     sweep = []
     if len(temperatures) > 1:  # a single one is no choice
-        sweep = _train(ctx, [_job(ctx, name, config, "distilled", T, 0) for T in temperatures], of + "temperature sweep")
-    temperature = max(sweep, key=lambda job: job["validation_score"])["temperature"] if sweep else temperatures[0]
+        sweep = _train(
+            ctx, [_job(ctx, name, "distilled", T, 0) for name in students for T in temperatures], "temperature sweep"
+        )  # fmt: skip
+    swept = {name: [job for job in sweep if job["candidate"] == name] for name in students}
+    chosen = {
+        name: max(jobs, key=lambda job: job["validation_score"])["temperature"] if jobs else temperatures[0]
+        for name, jobs in swept.items()
+    }
     seeds = range(1, ctx.config.paired_seeds + 1)
-    trained = _train(
-        ctx, [_job(ctx, name, config, arm, temperature, seed) for seed in seeds for arm in head.arms], of + "paired seeds"
-    )  # fmt: skip
-    by_arm = {arm: [job for job in trained if job["arm"] == arm] for arm in head.arms}
-    mean_validation = {arm: float(np.mean([job["validation_score"] for job in by_arm[arm]])) for arm in ("distilled", "scratch")}
-    winner = max(mean_validation, key=lambda arm: mean_validation[arm])
-    chosen = max(by_arm[winner], key=lambda job: job["validation_score"])
-    folder = ctx.out / name
-    folder.mkdir(exist_ok=True)
-    comparison = {"sweep": _told(sweep), "paired": _told(trained), "chosen": chosen["name"]}
-    ctx.write_json(f"{name}/comparison.json", comparison)
-    ctx.write_json(f"{name}/history.json", chosen["history"])
-    metrics = {"temperature": temperature, "arm": winner, "validation": mean_validation, "sweep": [_row(job) for job in sweep]}
-    taught = max(by_arm["distilled"], key=lambda job: job["validation_score"])
-    if taught["distillation"]:
-        metrics["distillation"] = {**taught["distillation"], "history": taught["history"]}
-    judged, rows = _judge(ctx, name, chosen, by_arm)
-    metrics |= judged
-    _draw(ctx, name, metrics, chosen["history"])
-    return metrics, rows
+    paired = _train(
+        ctx, [_job(ctx, name, arm, chosen[name], seed) for name in students for seed in seeds for arm in head.arms], "paired seeds"
+    )
+    return [_Compared(name, chosen[name], swept[name], [job for job in paired if job["candidate"] == name]) for name in students]
 
 
 def _told(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -99,11 +121,10 @@ def _lay_out(ctx: StepContext) -> None:
     write_student_data(ctx.scratch / "data", train, val)
 
 
-def _job(
-    ctx: StepContext, candidate: str, config: StudentCandidate, arm: str, temperature: float, seed: int
-) -> dict[str, Any]:  # fmt: skip
+def _job(ctx: StepContext, candidate: str, arm: str, temperature: float, seed: int) -> dict[str, Any]:
+    config = ctx.spec.students[candidate]
     return {
-        "name": f"{candidate}-{arm}-T{temperature:g}-seed{seed}", "function": ctx.spec.function,
+        "name": f"{candidate}-{arm}-T{temperature:g}-seed{seed}", "candidate": candidate, "function": ctx.spec.function,
         "corpus": ctx.spec.steps.corpus.simulation, "network": config.network, "fit": config.fit, "loss": config.loss,
         "arm": arm, "temperature": temperature, "alpha": ctx.config.alpha, "seed": derive_seed(ctx.spec.seed, "student", seed),
         "distillation": ctx.config.distillation, "teacher": str(ctx.inputs["teacher"].file(WEIGHTS)),
@@ -135,35 +156,61 @@ def _train(ctx: StepContext, jobs: list[dict[str, Any]], what: str) -> list[dict
     return [{**job, **result} for job, result in zip(jobs, results, strict=True)]
 
 
-def _judge(
-    ctx: StepContext, name: str, chosen: dict[str, Any], by_arm: dict[str, list[dict[str, Any]]]
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Calibrate the chosen student, write it down, and score it and every seed on the test splits."""
-    corpus, model = ctx.inputs["corpus"], load_student(ctx.function, chosen)
-    calibration = fitted_calibration(ctx, model)
-    save_weights(model, ctx.out / name / WEIGHTS)
-    splits = present_splits(corpus)
-    deployed = evaluate_splits(ctx, corpus, {name: network_predictor(ctx, model, calibration)}, splits, [name])
-    write_table(deployed, ctx.out / name / "evaluation.parquet")
-    sign = 1.0 if ctx.function.metric.higher_is_better else -1.0
-    found = _seed_scores(ctx, [job for jobs in by_arm.values() for job in jobs], calibration)
-    scores = {arm: [sign * found[job["name"]] for job in jobs] for arm, jobs in by_arm.items()}
-    kd = paired_gain(scores["distilled"], scores["scratch"])
-    dark = paired_gain(scores["distilled"], scores["hard"]) if "hard" in scores else None
-    metrics = _summary(ctx, name, deployed, parameter_count(model), sign * float(np.mean(scores["scratch"])), kd, dark)
-    metrics |= {"calibration_parameters": calibration, "seed_scores": {arm: [sign * s for s in scores[arm]] for arm in scores}}
-    return metrics, score_table(ctx, deployed, [name], splits)
-
-
-def _seed_scores(ctx: StepContext, students: list[dict[str, Any]], calibration: Calibration) -> dict[str, float]:
+def _seed_scores(ctx: StepContext, compared: list[_Compared], calibrations: Mapping[str, Calibration]) -> dict[str, float]:
     """The headline score of every student on the test split, by name; each worker reads the split once.
 
     Calibration changes no estimate and hardly a decision, so all are scored with that of the one that is deployed.
     """
+    students = [{**job, "calibration": calibrations[item.name]} for item in compared for job in item.paired]
     shares = [students[start :: ctx.workers] for start in range(min(ctx.workers, len(students)))]
-    jobs = [{"students": share, "corpus": ctx.inputs["corpus"], "calibration": calibration} for share in shares]
+    jobs = [{"students": share, "corpus": ctx.inputs["corpus"]} for share in shares]
     ctx.progress(0, 1, "scoring every seed")
     return {name: score for scores in map_processes(score_job, jobs, ctx.workers) for name, score in scores.items()}
+
+
+def _published(
+    ctx: StepContext, item: _Compared, calibration: Calibration, found: Mapping[str, float]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Write a candidate's folder and figures: its metrics, and its rows for the table of scores."""
+    name, chosen, corpus = item.name, item.chosen, ctx.inputs["corpus"]
+    model, folder = load_student(ctx.function, chosen), ctx.out / name
+    folder.mkdir(exist_ok=True)
+    save_weights(model, folder / WEIGHTS)
+    ctx.write_json(
+        f"{name}/comparison.json", {"sweep": _told(item.sweep), "paired": _told(item.paired), "chosen": chosen["name"]}
+    )  # fmt: skip
+    ctx.write_json(f"{name}/history.json", chosen["history"])
+    splits = present_splits(corpus)
+    table = evaluate_splits(ctx, corpus, {name: network_predictor(ctx, model, calibration)}, splits, [name])
+    write_table(table, folder / "evaluation.parquet")
+    metrics = {
+        "temperature": item.temperature, "arm": item.arm, "validation": item.validation, "sweep": [_row(job) for job in item.sweep],
+        "params": parameter_count(model), "calibration_parameters": calibration, **_summary(ctx, name, table),
+        **_gains(ctx, item, found),
+    }  # fmt: skip
+    taught = max(item.of("distilled"), key=lambda job: job["validation_score"])
+    if taught["distillation"]:
+        metrics["distillation"] = {**taught["distillation"], "history": taught["history"]}
+    _draw(ctx, name, metrics, chosen["history"])
+    return metrics, score_table(ctx, table, [name], splits)
+
+
+def _gains(ctx: StepContext, item: _Compared, found: Mapping[str, float]) -> dict[str, Any]:
+    """What distilling was worth over the paired seeds: `kd_gain` over the labels alone, `dark_gain` over hard labels."""
+    sign = 1.0 if ctx.function.metric.higher_is_better else -1.0
+    scores = {arm: [sign * found[job["name"]] for job in item.of(arm)] for arm in dict.fromkeys(job["arm"] for job in item.paired)}
+    kd = paired_gain(scores["distilled"], scores["scratch"])
+    dark = paired_gain(scores["distilled"], scores["hard"]) if "hard" in scores else None
+    return {
+        "scratch_score": sign * float(np.mean(scores["scratch"])),
+        "kd_gain": kd.mean,
+        "kd_gain_ci95": list(kd.ci95),
+        "kd_p": kd.p_one_sided,
+        "dark_gain": None if dark is None else dark.mean,
+        "dark_gain_ci95": None if dark is None else list(dark.ci95),
+        "verdict": "KD useful" if kd.useful else "KD not useful",
+        "seed_scores": {arm: [sign * s for s in values] for arm, values in scores.items()},
+    }
 
 
 def _draw(ctx: StepContext, name: str, metrics: dict[str, Any], history: list[dict[str, Any]]) -> None:
@@ -181,26 +228,16 @@ def _draw(ctx: StepContext, name: str, metrics: dict[str, Any], history: list[di
         (folder / f"{prefix}{title}.png").write_bytes(picture)
 
 
-def _summary(
-    ctx: StepContext, name: str, table: pd.DataFrame, params: int, scratch: float, kd: PairedGain, dark: PairedGain | None
-) -> dict[str, Any]:
-    """The `student` part of the report."""
+def _summary(ctx: StepContext, name: str, table: pd.DataFrame) -> dict[str, Any]:
+    """Its score, held against the teacher's."""
     metric, teacher = ctx.function.metric, ctx.inputs["calibration_scorecard"].metrics
     score = headline(ctx, table, name)
     base = teacher["baseline"]["score"]
     gained = teacher["score"] - base
     return {
-        "params": params,
         "score": score.value,
         "score_ci95": list(score.ci95 or ()),
         "retention": score.value / teacher["score"] if metric.is_rate and teacher["score"] else None,
         "gain_retention": (score.value - base) / gained if gained else None,
-        "scratch_score": scratch,
-        "kd_gain": kd.mean,
-        "kd_gain_ci95": list(kd.ci95),
-        "kd_p": kd.p_one_sided,
-        "dark_gain": None if dark is None else dark.mean,
-        "dark_gain_ci95": None if dark is None else list(dark.ci95),
-        "verdict": "KD useful" if kd.useful else "KD not useful",
         "calibration": {"metric": ctx.function.head().calibration_metric, "value": calibration_of(ctx, table, f"{name}@test")},
     }

@@ -117,11 +117,11 @@ def load_student(function: Any, job: Mapping[str, Any]) -> torch.nn.Module:
 def score_job(job: Mapping[str, Any]) -> dict[str, float]:
     """Score trained students on the test split, in a worker process: the headline metric by name.
 
-    job: students (finished jobs of one function), corpus (Artifact), calibration.
+    job: students (finished jobs of one function, each with the `calibration` to use), corpus (Artifact).
     """
     function = load_function(job["students"][0]["function"])
     features, truth = evaluation_data(function, job["corpus"], "test")
-    models = {student["name"]: function.network_predictor(load_student(function, student), job["calibration"])
+    models = {student["name"]: function.network_predictor(load_student(function, student), student["calibration"])
               for student in job["students"]}  # fmt: skip
     table = function.evaluate(models, features, truth, "test", frozenset(models))
     return {name: score_of(table, f"{name}@test", function.metric) for name in models}
