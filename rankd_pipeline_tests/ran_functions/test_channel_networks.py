@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rankd_pipeline.errors import RankdError
-from rankd_pipeline.ran_functions.channel_prediction.alignment import LOADING, Turn, cleaned, continued, mirrored
+from rankd_pipeline.ran_functions.channel_prediction.alignment import aligned, mirrored
 from rankd_pipeline.ran_functions.channel_prediction.networks import (
     SIZES,
     Deployable,
@@ -14,6 +14,7 @@ from rankd_pipeline.ran_functions.channel_prediction.networks import (
     masked_transformer,
 )
 from rankd_pipeline.ran_functions.channel_prediction.patches import coordinates, network_inputs, patchify, unpatchify
+from rankd_pipeline.ran_functions.channel_prediction.runs import LOADING, both_lines, cleaned, continued, patches_of
 
 # WiFo's count of all tensors, and Tiny-WiFo's versions; it holds 172 x width numbers of unused place tables.
 PUBLISHED = {
@@ -149,11 +150,12 @@ def test_a_lone_path_is_the_same_to_every_aligned_network():
     t, a, k = np.ogrid[:8, :4, :16]
     h = np.stack([0.2 * np.exp(1j * (0.1 * t + 2.0 * a - 1.1 * k)), 3.0 * np.exp(1j * (-2.2 * t + 0.7 * k + 1.0 + 0 * a))])
     inputs = asked(h.astype(np.complex64), "time")
-    at = inputs["visible_at"]
-    seen, turn = Turn.of(inputs["visible_patches"], at, at)
+    at, received = inputs["visible_at"], inputs["visible_patches"]
+    own = aligned(received, at, at, 0.01)
+    seen, turn = own.patches_BLE[:, : at.shape[1]], own.turn
     assert np.allclose(np.ascontiguousarray(seen.numpy()).view(np.complex64), 1.0, atol=1e-4)
     assert np.allclose(turn.step_B3.numpy(), [[0.1, 2.0, -1.1], [-2.2, 0.0, 0.7]], atol=1e-4)
-    assert np.allclose(turn.back(seen).numpy(), inputs["visible_patches"].numpy(), atol=1e-4)
+    assert np.allclose(turn.back(seen).numpy(), received.numpy(), atol=1e-4)
     assert np.allclose(turn.into(turn.back(seen)).numpy(), seen.numpy(), atol=1e-4)
 
 
@@ -174,22 +176,25 @@ def test_cleaning_is_the_wiener_filter_across_the_run():
     """Over time: along antennas and subcarriers, written out with complex matrices; over frequency: time and antennas."""
     rng, noise = np.random.default_rng(2), 0.02
     _, received = noisy_paths(rng, noise)
+    received = received / received.square().mean(dim=(1, 2), keepdim=True).mul(2).sqrt()
+    found = cleaned(received, noise)
     x = received.numpy().view(np.complex64).reshape(3, 8, 4, 4, 4)  # sample, patch, time, antenna, subcarrier
-    for found, axes in zip(cleaned(received, noise), ((3, 4), (2, 3)), strict=True):
+    for run, axes in enumerate(((3, 4), (2, 3))):
         expected = x
         for axis in axes:
             lines = np.moveaxis(x, axis, -1).reshape(3, -1, 4)
             covariance = np.einsum("bni,bnj->bij", lines.conj(), lines) / lines.shape[1] + LOADING * noise * np.eye(4)
             weights = np.eye(4) - noise * np.linalg.inv(covariance)
             expected = np.moveaxis(np.einsum("b...i,bij->b...j", np.moveaxis(expected, axis, -1), weights), -1, axis)
-        assert np.allclose(found.numpy().view(np.complex64), expected.reshape(3, 8, 64), atol=1e-3)
+        patches = np.ascontiguousarray(expected.reshape(3, 8, 64)).astype(np.complex64).view(np.float32)
+        assert np.allclose(found[:, run].numpy(), both_lines(torch.from_numpy(patches))[:, run].numpy(), atol=1e-3)
 
 
 def test_cleaning_takes_noise_out_of_few_paths():
     clean, received = noisy_paths(np.random.default_rng(3))
     before = (received - clean).square().mean()
-    for found in cleaned(received, 0.01):
-        assert (found - clean).square().mean() < 0.7 * before
+    for found, true in zip(cleaned(received, 0.01).unbind(1), both_lines(clean).unbind(1), strict=True):
+        assert (found - true).square().mean() < 0.7 * before
 
 
 @pytest.mark.parametrize("task", ["time", "frequency"])
@@ -205,7 +210,9 @@ def test_three_paths_are_continued(task):
     at = torch.as_tensor(coordinates((4, 1, 4))).float().expand(2, -1, -1)
     patches = torch.from_numpy(patchify(h.astype(np.complex64)))
     seen = at[0, :, 0 if task == "time" else 2] < 2
-    found = continued(patches[:, seen], at[:, seen], at[:, ~seen], ridge=1e-6)
+    found, moves, _ = continued(patches[:, seen], at[:, seen], at[:, ~seen], both_lines(patches[:, seen]), ridge=1e-6)
+    found = patches_of(found)
+    assert moves.all()
     found, true, known = (np.ascontiguousarray(x.numpy()).view(np.complex64) for x in (found, patches[:, ~seen], patches[:, seen]))
     bounded = np.abs(true) <= np.abs(known).max(axis=(1, 2), keepdims=True)
     assert bounded.mean() > 0.9 and np.allclose(found[bounded], true[bounded], atol=0.02)
@@ -213,8 +220,12 @@ def test_three_paths_are_continued(task):
 
 def test_where_no_pair_of_patches_leads_the_nearest_is_repeated():
     patches, at = torch.randn(1, 2, 128), torch.tensor([[[0.0, 0.0, 0.0], [0.0, 0.0, 3.0]]])
-    found = continued(patches, at, torch.tensor([[[1.0, 0.0, 0.0], [0.0, 0.0, 2.0], [0.0, 1.0, 0.0]]]))
-    assert torch.allclose(found, patches[:, [0, 1, 0]], atol=1e-6)
+    wanted = torch.tensor([[[1.0, 0.0, 0.0], [0.0, 0.0, 2.0], [0.0, 1.0, 0.0]]])
+    _, moves, near = continued(patches, at, wanted, both_lines(patches))
+    assert not moves.any() and torch.equal(near @ patches, patches[:, [0, 1, 0]])
+    own = aligned(patches, at, wanted, 0.01)
+    found = own.patches_BLE
+    assert torch.equal(found[:, 2:], found[:, [0, 1, 0]]) and not torch.allclose(own.turn.back(found[:, 2:]), patches[:, [0, 1, 0]])
 
 
 def test_mirrored_channels_are_those_that_might_have_been():

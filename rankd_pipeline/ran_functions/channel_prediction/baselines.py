@@ -3,7 +3,7 @@
     hold          the last visible instant (or subcarrier), kept
     ar            an autoregressive model fitted to each sample's own visible part by ridge least squares over all antennas
                   and subcarriers, forwards and (conjugated) backwards, then run on; order and ridge tuned on validation
-    ar_cleaned    the same behind the sample's own Wiener filters against noise (`alignment.cleaned`), noise power tuned on
+    ar_cleaned    the same behind the sample's own Wiener filters against noise (`runs.cleaned`), noise power tuned on
                   validation: what an aligned network is before it has learned anything. A part of the networks, not a rival:
                   printed, so that one sees what is learned, and no gate
     wiener        the linear predictor of least mean square error along the axis, from the covariance that the set has in
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rankd_pipeline.ran_functions.channel_prediction.alignment import Turn, cleaned, continued
+from rankd_pipeline.ran_functions.channel_prediction.alignment import aligned
 from rankd_pipeline.ran_functions.channel_prediction.config import ELEMENTS, PATCH
 from rankd_pipeline.ran_functions.channel_prediction.metrics import nmse_of_samples
 from rankd_pipeline.ran_functions.channel_prediction.patches import (
@@ -38,6 +38,7 @@ from rankd_pipeline.ran_functions.channel_prediction.patches import (
     visible_patches,
     wanted_patches,
 )
+from rankd_pipeline.ran_functions.channel_prediction.runs import patches_of
 from rankd_pipeline.ran_functions.contract import Arrays, Baseline, Predictor
 from rankd_pipeline.settings import settings
 from rankd_pipeline.training.fit import FitConfig, fit
@@ -176,9 +177,8 @@ def ar_cleaned(features: Arrays, noise: float) -> np.ndarray:
         at, seen, wanted = coordinates(grid), visible_patches(grid, task), wanted_patches(grid, task)
         for some in np.array_split(rows, max(1, len(rows) // 256)):
             visible_at, wanted_at = (torch.from_numpy(at[part]).float().expand(len(some), -1, -1) for part in (seen, wanted))
-            turned, turn = Turn.of(torch.from_numpy(csi[some][:, seen]), visible_at, wanted_at)
-            run = continued(turned, visible_at, wanted_at, clean=cleaned(turned, noise))
-            found[some, : len(wanted)] = turn.back(run).numpy()
+            own = aligned(torch.from_numpy(csi[some][:, seen]), visible_at, wanted_at, noise)
+            found[some, : len(wanted)] = patches_of(own.turn.planes_back(own.run_B2Mn)).numpy()
     return found
 
 

@@ -6,6 +6,7 @@ A patch's place is its (time, antenna, frequency) index; attention does not care
 stand as [visible, wanted].
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.nn import functional
 from rankd_pipeline.distillation.heads import RegressionHead
 from rankd_pipeline.distillation.internals import Internals
 from rankd_pipeline.errors import RankdError
-from rankd_pipeline.ran_functions.channel_prediction.alignment import Turn, cleaned, continued
+from rankd_pipeline.ran_functions.channel_prediction.alignment import aligned
 from rankd_pipeline.ran_functions.channel_prediction.config import ELEMENTS, PATCH
 
 SIZES: dict[str, dict[str, int]] = {
@@ -50,7 +51,7 @@ class MaskedChannelTransformer(nn.Module):
     align: turn each sample by the mean Doppler, delay and angle of its visible part first, and back behind the last layer;
     in between, the decoder is told the autoregressive run of the nearest visible patch, from which filters of the sample's own
     have taken noise, and what is learned is how much noise that is, how far to trust each entry of the run, and the change
-    against it (alignment.py). Not a part of WiFo.
+    against it (alignment.py, runs.py). Not a part of WiFo.
     """
 
     def __init__(
@@ -123,28 +124,21 @@ class MaskedChannelTransformer(nn.Module):
         return Internals(output, {name: tuple(found[f"{name}_maps"]) for name in ("encoder", "decoder")}, features)
 
     def _predict(self, patches: Tensor, visible_at: Tensor, wanted_at: Tensor, found: dict[str, Any] | None) -> Tensor:
-        turn = start = None
-        if self.align:
-            patches, turn = Turn.of(patches, visible_at, wanted_at)
-            clean = cleaned(patches, NOISE * torch.exp(self.noise))
-            start = continued(patches, visible_at, wanted_at, clean=clean)
-        embedded = self.embed(patches)
-        x_BVD = self._through("encoder", embedded + self.place(visible_at), found)
-        x_BVD = self.decoder_embed(self.encoder_norm(x_BVD))
         seen, wanted = visible_at.shape[1], wanted_at.shape[1]
+        own = aligned(patches, visible_at, wanted_at, NOISE * torch.exp(self.noise)) if self.align else None
+        at = torch.cat([visible_at, wanted_at], dim=1) if own is None else own.at_BL3
+        embedded, place = self.embed(patches if own is None else own.patches_BLE), self.place(at)
+        x_BVD = self._through("encoder", embedded[:, :seen] + place[:, :seen], found)
+        x_BVD = self.decoder_embed(self.encoder_norm(x_BVD))
         hidden = self.mask_token.to(x_BVD.dtype).expand(x_BVD.shape[0], wanted, -1)
-        if start is not None:
-            hidden = hidden + self.embed(start)
-        x_BLD = torch.cat([x_BVD, hidden], dim=1) + self.place(torch.cat([visible_at, wanted_at], dim=1))
-        x_BLD = self._through("decoder", x_BLD, found)
+        if own is not None:  # what the run says
+            hidden = hidden + embedded[:, seen:]
+        x_BLD = self._through("decoder", torch.cat([x_BVD, hidden], dim=1) + place, found)
         if found is not None:
-            found["embedding"], found["turn"] = embedded, turn
+            found["embedding"], found["turn"] = embedded[:, :seen], None if own is None else own.turn
         x_BMD = self.decoder_norm(x_BLD[:, seen:])
         predicted = self.head(x_BMD)
-        if turn is None or start is None:
-            return predicted
-        trusted = start.unflatten(-1, (-1, 2)) * (1.0 + self.trust(x_BMD))[..., None]
-        return turn.back(trusted.flatten(2) + predicted)
+        return predicted if own is None else own.answer(self.trust(x_BMD), predicted)
 
     def _through(self, stack: str, x: Tensor, found: dict[str, Any] | None) -> Tensor:
         if found is not None:
@@ -178,17 +172,17 @@ class Place(nn.Module):
         super().__init__()
         third = 2 * round(width / 6)
         self.parts = (third, third, width - 2 * third)
-        for i, size in enumerate(self.parts):
-            rates = 10000.0 ** (-torch.arange(size // 2, dtype=torch.float64) / (size // 2))
-            self.register_buffer(f"rates_{i}", rates.float(), persistent=False)
+        rates, quarters = torch.zeros(3, width), torch.zeros(width)
+        for axis, (size, start) in enumerate(zip(self.parts, (0, third, 2 * third), strict=True)):
+            half = 10000.0 ** (-torch.arange(size // 2, dtype=torch.float64) / (size // 2))
+            rates[axis, start : start + size] = half.repeat(2).float()
+            quarters[start + size // 2 : start + size] = math.pi / 2  # cos(x) is sin(x + pi / 2)
+        self.register_buffer("rates", rates, persistent=False)
+        self.register_buffer("quarters", quarters, persistent=False)
 
     def forward(self, at: Tensor) -> Tensor:
         """at [B, L, 3] -> [B, L, D]."""
-        found = []
-        for i in range(3):
-            angle = at[..., i, None].float() * self.get_buffer(f"rates_{i}")
-            found += [torch.sin(angle), torch.cos(angle)]
-        return torch.cat(found, dim=-1)
+        return torch.sin(at.float() @ self.get_buffer("rates") + self.get_buffer("quarters"))
 
 
 class Block(nn.Module):
