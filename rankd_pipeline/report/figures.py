@@ -98,11 +98,15 @@ def latency_figures(report: Mapping[str, Any]) -> dict[str, bytes]:
 
 
 def reliability_diagram(before: Reliability, after: Reliability) -> bytes:
-    """Accuracy against confidence by bin, before and after calibration; the area of a mark is its share of samples."""
+    """Accuracy against confidence by bin, before and after calibration; the area of a mark is its share of samples.
+
+    The line leaves out bins of less than a thousandth of the samples: what they say is luck.
+    """
     figure, axes = new_figure()
     axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=(0, (4, 3)), label="perfect")
     for bins, colour, label in ((before, _MUTED[0], "before"), (after, ACCENT, "after")):
-        axes.plot(bins.confidence, bins.accuracy, color=colour, linewidth=1.4, label=f"{label}: ECE {bins.ece:.3f}")
+        often = bins.count >= 1e-3 * bins.count.sum()
+        axes.plot(bins.confidence[often], bins.accuracy[often], color=colour, linewidth=1.4, label=f"{label}: ECE {bins.ece:.3f}")
         axes.scatter(bins.confidence, bins.accuracy, s=6 + 110 * bins.count / bins.count.sum(), color=colour, alpha=0.8)
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
     percent(axes, "xy")
