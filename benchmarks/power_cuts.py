@@ -93,6 +93,11 @@ def field_that_drifted(current: Settings) -> None:
     rankd("drift", PIPELINE)
 
 
+def pid_of(state: dict[str, Any]) -> int | None:
+    """The run's process, once it says which it is."""
+    return json.loads(state["tags"][PROCESS_TAG])["pid"] if PROCESS_TAG in state["tags"] else None
+
+
 # -- one trial -----------------------------------------------------------------------------------------------------------------
 class Trials:
     """The servers of the home, the run under way, and what was seen."""
@@ -166,7 +171,7 @@ class Trials:
             if time.monotonic() - looked > 1:
                 looked = time.monotonic()
                 state = self.state()
-                self.pid = json.loads(state["tags"][PROCESS_TAG])["pid"] if PROCESS_TAG in state["tags"] else None
+                self.pid = pid_of(state)
                 if state["status"] in OVER:
                     return False
             time.sleep(0.01)
@@ -203,7 +208,9 @@ class Trials:
 
     def _kill(self, way: str) -> None:
         if way == "run":
-            return os.kill(self.pid or json.loads(self.state()["tags"][PROCESS_TAG])["pid"], signal.SIGKILL)
+            pid = self.pid or pid_of(self.state())
+            assert pid, "the run says no process"
+            return os.kill(pid, signal.SIGKILL)
         if way == "everything":
             self.server.kill()
         else:

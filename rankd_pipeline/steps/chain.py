@@ -45,7 +45,7 @@ CHAIN: tuple[StepInfo, ...] = (
              ("networks",), ("torch",), ("calibration_scorecard",),
              reads=("corpus.simulation", "teacher.network", "student.distillation")),
     StepInfo("student", "The small network: distilled against its controls",
-             ("corpus", "oracle_labels", "teacher", "soft_labels", "calibration_scorecard"), "17", ("networks", "metrics"),
+             ("corpus", "oracle_labels", "teacher", "soft_labels", "calibration_scorecard"), "18", ("networks", "metrics"),
              ("torch",), ("calibration_scorecard",), reads=("corpus.simulation", "teacher.network")),
     StepInfo("quantized_onnx", "FP32 and INT8 ONNX with lineage inside; a gate",
              ("corpus", "student", "calibration_scorecard"), "15", ("networks", "metrics"), ("torch", "onnx", "onnxruntime"),

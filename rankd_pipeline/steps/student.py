@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from rankd_pipeline.distillation.heads import Calibration, parameter_count
 from rankd_pipeline.errors import RankdError
@@ -30,7 +31,7 @@ from rankd_pipeline.store.tensors import read_columns, rows_of
 from rankd_pipeline.training.fit import FitConfig
 from rankd_pipeline.training.parallel import map_processes
 from rankd_pipeline.training.seeds import derive_seed
-from rankd_pipeline.training.weights import load_weights, save_weights
+from rankd_pipeline.training.weights import save_weights
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,10 @@ def student(ctx: StepContext) -> None:
     """
     _lay_out(ctx)
     compared = _trained(ctx)
-    calibrations = {item.name: fitted_calibration(ctx, load_student(ctx.function, item.chosen)) for item in compared}
+    models = {item.name: load_student(ctx.function, item.chosen) for item in compared}
+    calibrations = {name: fitted_calibration(ctx, model) for name, model in models.items()}
     scores = _seed_scores(ctx, compared, calibrations)
-    made = {item.name: _published(ctx, item, calibrations[item.name], scores) for item in compared}
+    made = {item.name: _published(ctx, item, models[item.name], calibrations[item.name], scores) for item in compared}
     best = max(compared, key=lambda item: item.validation[item.arm]).name
     ctx.metrics.update(made[best][0], candidate=best, candidates={name: metrics for name, (metrics, _) in made.items()})
     ctx.write_json("scores.json", [row for _, rows in made.values() for row in rows])
@@ -169,11 +171,10 @@ def _seed_scores(ctx: StepContext, compared: list[_Compared], calibrations: Mapp
 
 
 def _published(
-    ctx: StepContext, item: _Compared, calibration: Calibration, found: Mapping[str, float]
+    ctx: StepContext, item: _Compared, model: torch.nn.Module, calibration: Calibration, found: Mapping[str, float]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Write a candidate's folder and figures: its metrics, and its rows for the table of scores."""
-    name, chosen, corpus = item.name, item.chosen, ctx.inputs["corpus"]
-    model, folder = load_student(ctx.function, chosen), ctx.out / name
+    name, chosen, corpus, folder = item.name, item.chosen, ctx.inputs["corpus"], ctx.out / item.name
     folder.mkdir(exist_ok=True)
     save_weights(model, folder / WEIGHTS)
     ctx.write_json(
@@ -191,7 +192,7 @@ def _published(
     taught = max(item.of("distilled"), key=lambda job: job["validation_score"])
     if taught["distillation"]:
         metrics["distillation"] = {**taught["distillation"], "history": taught["history"]}
-    _draw(ctx, name, metrics, chosen["history"])
+    _draw(ctx, name, model, metrics, chosen["history"])
     return metrics, score_table(ctx, table, [name], splits)
 
 
@@ -213,17 +214,15 @@ def _gains(ctx: StepContext, item: _Compared, found: Mapping[str, float]) -> dic
     }
 
 
-def _draw(ctx: StepContext, name: str, metrics: dict[str, Any], history: list[dict[str, Any]]) -> None:
+def _draw(ctx: StepContext, name: str, model: torch.nn.Module, metrics: dict[str, Any], history: list[dict[str, Any]]) -> None:
     folder = ctx.out / "figures"
     folder.mkdir(exist_ok=True)
     prefix = "" if len(ctx.spec.students) == 1 else f"{name}_"
     for title, picture in figures.student_figures(metrics, history, metrics["temperature"]).items():
         (folder / f"{prefix}{title}.png").write_bytes(picture)
-    student_network = ctx.function.student(ctx.corpus_config, ctx.spec.students[name].network)
-    load_weights(student_network, ctx.out / name / WEIGHTS)
     features = features_of(ctx.inputs["corpus"], ctx.function.feature_columns, split_is("test"))
     few = {column: values[:4] for column, values in features.items()}
-    networks = {"teacher": load_teacher(ctx), "student": student_network.eval()}
+    networks = {"teacher": load_teacher(ctx), "student": model}
     for title, picture in ctx.function.network_figures(networks, few):
         (folder / f"{prefix}{title}.png").write_bytes(picture)
 

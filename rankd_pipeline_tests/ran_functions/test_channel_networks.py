@@ -14,7 +14,17 @@ from rankd_pipeline.ran_functions.channel_prediction.networks import (
     masked_transformer,
 )
 from rankd_pipeline.ran_functions.channel_prediction.patches import coordinates, network_inputs, patchify, unpatchify
-from rankd_pipeline.ran_functions.channel_prediction.runs import LOADING, both_lines, cleaned, continued, patches_of
+from rankd_pipeline.ran_functions.channel_prediction.runs import (
+    LINES,
+    LOADING,
+    RUNS,
+    cleaned,
+    continued,
+    lines_of,
+    patches_of,
+    planes_of,
+    products_of,
+)
 
 # WiFo's count of all tensors, and Tiny-WiFo's versions; it holds 172 x width numbers of unused place tables.
 PUBLISHED = {
@@ -159,6 +169,11 @@ def test_a_lone_path_is_the_same_to_every_aligned_network():
     assert np.allclose(turn.into(turn.back(seen)).numpy(), seen.numpy(), atol=1e-4)
 
 
+def both_lines(patches):
+    """Lines along time and along frequency, as the runs take them."""
+    return lines_of(patches)[:, list(RUNS)].unflatten(2, (-1, LINES))
+
+
 def noisy_paths(rng, noise=0.01):
     """A channel [3, 8, 8, 8] of four paths each and unit power, and the same with white noise, as patches."""
     t, a, k = np.ogrid[:8, :8, :8]
@@ -177,7 +192,8 @@ def test_cleaning_is_the_wiener_filter_across_the_run():
     rng, noise = np.random.default_rng(2), 0.02
     _, received = noisy_paths(rng, noise)
     received = received / received.square().mean(dim=(1, 2), keepdim=True).mul(2).sqrt()
-    found = cleaned(received, noise)
+    lines = lines_of(received)
+    found = cleaned(lines, products_of(lines), noise)
     x = received.numpy().view(np.complex64).reshape(3, 8, 4, 4, 4)  # sample, patch, time, antenna, subcarrier
     for run, axes in enumerate(((3, 4), (2, 3))):
         expected = x
@@ -193,7 +209,8 @@ def test_cleaning_is_the_wiener_filter_across_the_run():
 def test_cleaning_takes_noise_out_of_few_paths():
     clean, received = noisy_paths(np.random.default_rng(3))
     before = (received - clean).square().mean()
-    for found, true in zip(cleaned(received, 0.01).unbind(1), both_lines(clean).unbind(1), strict=True):
+    lines = lines_of(received)
+    for found, true in zip(cleaned(lines, products_of(lines), 0.01).unbind(1), both_lines(clean).unbind(1), strict=True):
         assert (found - true).square().mean() < 0.7 * before
 
 
@@ -210,7 +227,7 @@ def test_three_paths_are_continued(task):
     at = torch.as_tensor(coordinates((4, 1, 4))).float().expand(2, -1, -1)
     patches = torch.from_numpy(patchify(h.astype(np.complex64)))
     seen = at[0, :, 0 if task == "time" else 2] < 2
-    found, moves, _ = continued(patches[:, seen], at[:, seen], at[:, ~seen], both_lines(patches[:, seen]), ridge=1e-6)
+    found, moves, _ = continued(planes_of(patches[:, seen]), at[:, seen], at[:, ~seen], both_lines(patches[:, seen]), ridge=1e-6)
     found = patches_of(found)
     assert moves.all()
     found, true, known = (np.ascontiguousarray(x.numpy()).view(np.complex64) for x in (found, patches[:, ~seen], patches[:, seen]))
@@ -221,7 +238,7 @@ def test_three_paths_are_continued(task):
 def test_where_no_pair_of_patches_leads_the_nearest_is_repeated():
     patches, at = torch.randn(1, 2, 128), torch.tensor([[[0.0, 0.0, 0.0], [0.0, 0.0, 3.0]]])
     wanted = torch.tensor([[[1.0, 0.0, 0.0], [0.0, 0.0, 2.0], [0.0, 1.0, 0.0]]])
-    _, moves, near = continued(patches, at, wanted, both_lines(patches))
+    _, moves, near = continued(planes_of(patches), at, wanted, both_lines(patches))
     assert not moves.any() and torch.equal(near @ patches, patches[:, [0, 1, 0]])
     own = aligned(patches, at, wanted, 0.01)
     found = own.patches_BLE

@@ -17,9 +17,9 @@ from torch import Tensor
 from rankd_pipeline.ran_functions.channel_prediction.config import PATCH
 from rankd_pipeline.ran_functions.channel_prediction.runs import (
     TO_LAG_AND_POWER,
-    cleaned_lines,
+    cleaned,
     continued,
-    lines_of_all,
+    lines_of,
     patches_of,
     planes_of,
     products_of,
@@ -90,11 +90,11 @@ def aligned(patches_BVE: Tensor, visible_at: Tensor, wanted_at: Tensor, noise: T
     noise: its power over the channel's, which is taken out of the run.
     """
     patches, seen = patches_BVE.float(), patches_BVE.shape[1]
-    lines = lines_of_all(patches)
+    planes, lines = planes_of(patches), lines_of(patches)
     products = products_of(lines)
-    run, moves, near_BMV = continued(patches, visible_at, wanted_at, cleaned_lines(lines, products, noise))
+    run, moves, near_BMV = continued(planes, visible_at, wanted_at, cleaned(lines, products, noise))
     at = torch.cat([visible_at, wanted_at], dim=1)
-    planes, turn = _turned(torch.cat([planes_of(patches), run], dim=2), at, products, seen)
+    planes, turn = _turned(torch.cat([planes, run], dim=2), at, products, seen)
     visible, run = planes[:, :, :seen], planes[:, :, seen:]
     run = torch.where(moves[:, None], run, near_BMV[:, None] @ visible)
     return Aligned(patches_of(torch.cat([visible, run], dim=2)), at, run, turn.behind(seen))

@@ -120,18 +120,13 @@ def patches_of(planes_B2Ln: Tensor) -> Tensor:
     return planes_B2Ln.flatten(2).transpose(1, 2).reshape(-1, planes_B2Ln.shape[2], 2 * PATCH**3)
 
 
-def cleaned(patches_BVE: Tensor, noise: Tensor | float) -> Tensor:
-    """Lines [B, 2, V, 16, 8] for a run over time, and for one over frequency, with less noise.
+def cleaned(lines: Tensor, products: Tensor, noise: Tensor | float) -> Tensor:
+    """Lines [B, 2, V, 16, 8] for a run over time, and for one over frequency, with less noise, from `lines_of` and `products_of`.
 
     Along an axis the entries of a sample are correlated as its own covariance R says, which the four entries of all lines in
     all visible patches give; the Wiener filter of white noise (noise: its power over the channel's) is I - noise R^-1. Only
     the two axes across the run are filtered: along it, the filter would bend the recursion.
     """
-    lines = lines_of_all(patches_BVE)
-    return cleaned_lines(lines, products_of(lines), noise)
-
-
-def cleaned_lines(lines: Tensor, products: Tensor, noise: Tensor | float) -> Tensor:
     by_time, by_antenna, by_frequency = _wiener(products, noise).float().unbind(dim=1)
     count = lines.shape[2] // LINES
     across = lines[:, 1] @ by_antenna
@@ -167,14 +162,13 @@ def _eliminated(work: Tensor) -> Tensor:
 
 
 def continued(
-    patches_BVE: Tensor, visible_at: Tensor, wanted_at: Tensor, lines: Tensor, ridge: float = RIDGE
+    planes_B2Vn: Tensor, visible_at: Tensor, wanted_at: Tensor, lines: Tensor, ridge: float = RIDGE
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each wanted patch as the run of the nearest visible one, over time or, at the same time, over frequency: planes [B, 2, M, n].
 
     Autoregressive models along both axes, fitted to each sample by ridge least squares over the windows of all pairs of
     neighbouring visible patches, forwards and (conjugated) backwards. Nothing gets larger than the largest entry that was seen.
-    lines: what the runs over time and over frequency are fitted to and start from [B, 2, V, 16, 8] (`both_lines` of the
-    patches, or `cleaned`).
+    lines: what the runs over time and over frequency are fitted to and start from [B, 2, V, 16, 8] (as `cleaned` gives them).
     Also returns whether a pair leads to the patch [B, M, 1] (what the run says is worth nothing otherwise), and the nearest
     visible patch [B, M, V] as a one in its column.
     """
@@ -195,8 +189,7 @@ def continued(
     weights = weights.float().reshape(-1, 2 * REACH * PATCH, 8 * PATCH)
     run = state @ _at_steps(weights, over_time, ahead).transpose(-1, -2)
     values = torch.where(over_time[:, None], _steps_as_planes(run, 0), _steps_as_planes(run, 2))
-    seen = planes_of(patches_BVE)
-    bound = (seen * seen).sum(dim=1, keepdim=True).amax(dim=(2, 3), keepdim=True)
+    bound = (planes_B2Vn * planes_B2Vn).sum(dim=1, keepdim=True).amax(dim=(2, 3), keepdim=True)
     power = (values * values).sum(dim=1, keepdim=True).clamp_min(1e-18)
     return values * torch.sqrt((bound / power).clamp_max(1.0)), moves, near_BMV
 
@@ -250,13 +243,7 @@ def several_steps(weights: Tensor) -> Tensor:
     return found
 
 
-def both_lines(patches_BLE: Tensor) -> Tensor:
-    """Lines along time and along frequency [B, 2, L, 16, 8]."""
-    shape = (-1, 1, patches_BLE.shape[1], LINES, 2 * PATCH)
-    return torch.cat([_along(patches_BLE, axis).reshape(shape) for axis in RUNS], dim=1)
-
-
-def lines_of_all(patches_BVE: Tensor) -> Tensor:
+def lines_of(patches_BVE: Tensor) -> Tensor:
     """All lines of a sample along each of the three axes [B, 3, V * 16, 8]."""
     shape = (-1, 1, patches_BVE.shape[1] * LINES, 2 * PATCH)
     return torch.cat([_along(patches_BVE, axis).reshape(shape) for axis in AXES], dim=1)
