@@ -82,14 +82,15 @@ def execute_chain(
     variant: str,
     settings: Settings,
     steps: Sequence[str] | None = None,
-    in_process: bool = False,
+    in_process: bool | None = None,
     watch: Callable[[StepEvent], None] | None = None,
     site: "SiteData | None" = None,
 ) -> RunOutcome:
     """Materialize a pipeline's chain (or only `steps`) through Dagster and wait for it; with `site` its re-distillation.
 
-    pipeline is a name, or a path to a YAML file with the same attributes. If everything is stored already, the steps run
-    in one process, which takes seconds. A second call for the same pipeline waits for the first. watch gets the steps'
+    pipeline is a name, or a path to a YAML file with the same attributes. in_process: the steps share the run's process,
+    which saves a second for each but keeps their memory; left open, they do where everything is stored already, and at
+    smoke scale. A second call for the same pipeline waits for the first. watch gets the steps'
     events while they happen, from this thread; call it from the main thread, so that Ctrl-C reaches the run.
 
     Raises: RankdError for an unknown pipeline, scale or variant, or a home that cannot be set up.
@@ -106,7 +107,8 @@ def execute_chain(
         stored = site is None and not any(row.runs for row in plan(spec, open_store(settings)) if not wanted or row.step in wanted)
         name = str(Path(pipeline).resolve()) if Path(pipeline).is_file() else str(pipeline)
         pinned = site.model_dump_json() if site is not None else None
-        request = _Request(name, scale, seed, variant, tuple(wanted), in_process or stored, uuid.uuid4().hex, pinned)
+        shared = in_process if in_process is not None else stored or scale == "smoke"
+        request = _Request(name, scale, seed, variant, tuple(wanted), shared, uuid.uuid4().hex, pinned)
         return _supervise(request, settings, config.pipeline, tell)
 
 

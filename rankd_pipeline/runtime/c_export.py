@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,10 @@ WEIGHTS_MAX_BYTES = 4 << 20  # beyond, the C source is tens of MB; such networks
 # -std=c11 also switches floating-point contraction off: the same rounding with and without FMA units.
 PORTABLE_FLAGS = ("-std=c11", "-O3", "-Wall", "-Werror")
 NATIVE_FLAGS = (*PORTABLE_FLAGS, "-march=native")
+NAME_HERE, CHECKSUM_HERE = "rankd_model_name", "rankd_model_checksum"  # what the generator writes, to be replaced
+
+Generate = Callable[[onnx.ModelProto, str, str], str]
+"""From a model, the name of its function and the checksum of its file to C source."""
 
 
 # The generator's Gemm sums over K innermost, which no compiler may vectorise without -ffast-math. With N innermost each
@@ -61,6 +65,14 @@ class CSource:
     header: Path
 
 
+@dataclass(frozen=True)
+class CForm:
+    """The C of a model, or the reason why there is none here."""
+
+    source: CSource | None
+    reason: str = ""
+
+
 def compiler() -> str | None:
     """Path of the C compiler, or None where there is none (C candidates are then "not built")."""
     return shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
@@ -71,6 +83,25 @@ def generate_c(onnx_path: Path, out_dir: Path, name: str) -> CSource:
 
     Raises RankdError where the generator does not know an operator or the weights exceed WEIGHTS_MAX_BYTES.
     """
+    with _generator() as generate:
+        return _written(generate, onnx_path, out_dir, name)
+
+
+def generate_all(models: Mapping[str, Path], out_dir: Path) -> dict[str, CForm]:
+    """The C of several ONNX files by the name of their function, each as `generate_c` writes it, or why there is none."""
+    if compiler() is None:
+        return dict.fromkeys(models, CForm(None, "not built: no C compiler on this host"))
+    found = {}
+    with _generator() as generate:
+        for name, path in models.items():
+            try:
+                found[name] = CForm(_written(generate, path, out_dir, name))
+            except RankdError as error:
+                found[name] = CForm(None, f"not built: {error}")
+    return found
+
+
+def _written(generate: Generate, onnx_path: Path, out_dir: Path, name: str) -> CSource:
     if not name.isidentifier():
         raise RankdError(f"{name!r} cannot name a C function; expected letters, digits and underscores.")
     model = verify_onnx(onnx_path)
@@ -81,7 +112,13 @@ def generate_c(onnx_path: Path, out_dir: Path, name: str) -> CSource:
             f"(at most {WEIGHTS_MAX_BYTES >> 20} MiB); use onnxruntime or OpenVINO."
         )
     checksum = hashlib.sha256(Path(onnx_path).read_bytes()).hexdigest()
-    source = _tidy(_emit(model, name, checksum, onnx_path), name)
+    try:
+        # The generator raises its own and onnx's errors alike for what it cannot translate.
+        emitted = generate(model, name, checksum)
+    except Exception as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RankdError(f"{onnx_path} cannot be written as C: {first_line}") from error
+    source = _tidy(emitted, name)
     prototype = _prototype(source, name)
     out_dir.mkdir(parents=True, exist_ok=True)
     result = CSource(name=name, source=out_dir / f"{name}.c", header=out_dir / f"{name}.h")
@@ -142,14 +179,15 @@ class CModel:
         return outputs
 
 
-def _emit(model: onnx.ModelProto, name: str, checksum: str, onnx_path: Path) -> str:
-    """The generator's own output for one sample a call, everything on the stack and inside the source."""
+@contextlib.contextmanager
+def _generator() -> Iterator[Generate]:
+    """The generator's own output for one sample a call, everything on the stack and inside the source.
+
+    It compiles all of its templates with its first model, which takes longer than the model: one serves all.
+    """
     import emx_onnx_cgen
     from emx_onnx_cgen.compiler import CompilerOptions
 
-    pinned = pin_batch(model)
-    del pinned.metadata_props[:]  # lineage stays in the ONNX file; the checksum ties the C source to it
-    pinned.doc_string = ""
     with tempfile.TemporaryDirectory(prefix="rankd-c-") as folder:
         templates = Path(folder) / "templates"
         shutil.copytree(Path(emx_onnx_cgen.__file__).parent / "templates", templates)
@@ -158,17 +196,20 @@ def _emit(model: onnx.ModelProto, name: str, checksum: str, onnx_path: Path) -> 
         gemm.write_text(f"{{% if {dense} %}}\n{GEMM_N_INNERMOST}{{% else %}}\n{gemm.read_text()}{{% endif %}}\n")
         options = CompilerOptions(
             template_dir=templates,
-            model_name=name,
-            model_checksum=checksum,
+            model_name=NAME_HERE,
+            model_checksum=CHECKSUM_HERE,
             large_temp_threshold_bytes=0,
             large_weight_threshold=1 << 40,
         )
-        try:
-            # The generator raises its own and onnx's errors alike for what it cannot translate.
-            return emx_onnx_cgen.Compiler(options).compile(pinned)
-        except Exception as error:
-            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise RankdError(f"{onnx_path} cannot be written as C: {first_line}") from error
+        generator = emx_onnx_cgen.Compiler(options)
+
+        def generate(model: onnx.ModelProto, name: str, checksum: str) -> str:
+            pinned = pin_batch(model)
+            del pinned.metadata_props[:]  # lineage stays in the ONNX file; the checksum ties the C source to it
+            pinned.doc_string = ""
+            return generator.compile(pinned).replace(NAME_HERE, name).replace(CHECKSUM_HERE, checksum)
+
+        yield generate
 
 
 def _tidy(source: str, name: str) -> str:
@@ -211,15 +252,3 @@ def parameters(csrc: CSource) -> list[str]:
 def declared_shape(declaration: str) -> tuple[int, ...]:
     """Shape of one parameter as the header declares it: "const float x[1][16]" -> (1, 16)."""
     return tuple(int(size) for size in re.findall(r"\[(\d+)\]", declaration))
-
-
-def is_buildable(onnx_path: Path, out_dir: Path, name: str) -> tuple[CSource | None, str]:
-    """(source, "") where this host can build the model as C, otherwise (None, why not)."""
-    if compiler() is None:
-        return None, "not built: no C compiler on this host"
-    with contextlib.suppress(FileNotFoundError):
-        try:
-            return generate_c(onnx_path, out_dir, name), ""
-        except RankdError as error:
-            return None, f"not built: {error}"
-    return None, f"not built: {onnx_path} is missing"

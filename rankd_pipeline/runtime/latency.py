@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from rankd_pipeline.errors import Busy, RankdError
 from rankd_pipeline.runtime import profile_script
-from rankd_pipeline.runtime.c_export import CSource, compile_c, declared_shape, is_buildable, parameters
+from rankd_pipeline.runtime.c_export import CForm, CSource, compile_c, declared_shape, generate_all, parameters
 from rankd_pipeline.runtime.onnx_export import read_signature, verify_onnx
 from rankd_pipeline.runtime.signature import ModelSignature
 
@@ -167,13 +168,13 @@ def _short(item: CandidateResult) -> dict[str, Any]:
 
 
 def line_up(
-    fp32: Path, int8: Path | None, work: Path, native: bool = False, model: str = "", generated_c: bool = True
+    fp32: Path, int8: Path | None, c_forms: Mapping[str, CForm], native: bool = False, model: str = ""
 ) -> list[Candidate]:  # fmt: skip
     """The candidates this host can race: onnxruntime and portable C of each precision, OpenVINO where installed.
 
-    C sources are generated into `work`, named as the ONNX files are. `native` adds the FP32 C with -march=native as a
-    labelled option. What cannot be built is listed with its reason. `model` goes before the runtimes' names where several
-    students race. `generated_c` False leaves C out.
+    c_forms: the C by precision (`c_of` makes it); a precision without an entry does not race as C. `native` adds the FP32 C
+    with -march=native as a labelled option. What cannot be built is listed with its reason. `model` goes before the
+    runtimes' names where several students race.
     """
     before = f"{model}-" if model else ""
     files: list[tuple[Literal["fp32", "int8"], Path]] = [("fp32", fp32)]
@@ -184,15 +185,31 @@ def line_up(
         found.append(
             Candidate(runtime=f"{before}onnxruntime-{precision}", model=model, engine="onnxruntime", precision=precision, path=path)
         )
-    for precision, path in files if generated_c else []:
-        csource, reason = is_buildable(path, work, _c_name(path, precision))
-        common = {"model": model, "engine": "c", "precision": precision, "path": path, "csource": csource, "reason": reason}
+    for precision, path in files:
+        if precision not in c_forms:
+            continue
+        form = c_forms[precision]
+        common = {
+            "model": model,
+            "engine": "c",
+            "precision": precision,
+            "path": path,
+            "csource": form.source,
+            "reason": form.reason,
+        }
         found.append(Candidate(runtime=f"{before}c-{precision}", **common))
         if native and precision == "fp32":
             found.append(Candidate(runtime=f"{before}c-fp32-native", native=True, shippable=False, **common))
     if _installed("openvino"):
         found.append(Candidate(runtime=f"{before}openvino-fp32", model=model, engine="openvino", path=fp32))
     return found
+
+
+def c_of(files: Mapping[str, Path], work: Path) -> dict[str, CForm]:
+    """The C of ONNX files by precision, generated into `work` and named as the files are."""
+    names = {precision: _c_name(path, precision) for precision, path in files.items()}
+    forms = generate_all({names[precision]: path for precision, path in files.items()}, work)
+    return {precision: forms[name] for precision, name in names.items()}
 
 
 def _c_name(path: Path, precision: str) -> str:
@@ -264,7 +281,7 @@ def profile_onnx(
     samples = {spec.name: samples[spec.name].reshape(-1, *spec.shape) for spec in signature.inputs}
     with tempfile.TemporaryDirectory(prefix="rankd-profile-") as scratch:
         folder = work or Path(scratch)
-        return profile(line_up(path, None, folder), signature, cfg, samples, folder, on_progress)
+        return profile(line_up(path, None, c_of({"fp32": path}, folder)), signature, cfg, samples, folder, on_progress)
 
 
 class _Bench:
@@ -293,6 +310,7 @@ class _Race:
         self.signature, self.cfg, self.work, self.on_progress = signature, cfg, work, on_progress
         self.lock = lock
         self.cases, self.case_names = cases, list(cases)
+        self.binaries: dict[str, Path | RankdError] = {}
         self.benches = {"": _Bench(signature, cases, work)}
         self.started = time.monotonic()
         self.pace_us = min(signature.slot_us, PACE_MAX_US)
@@ -308,6 +326,7 @@ class _Race:
     def run(self, candidates: list[Candidate], scores: Mapping[str, float], limit_us: float | None) -> LatencyReport:
         """Screen all, then measure the best shippable one longest."""
         built = [item for item in candidates if not item.reason]
+        self.compile(built)
         results: dict[str, CandidateResult] = {}
         for number, item in enumerate(candidates):
             self.on_progress(f"{item.runtime} ({number + 1} of {len(candidates)})", number / (len(candidates) + 1))
@@ -328,6 +347,25 @@ class _Race:
                 results[winner] = again
         self.on_progress("latency measured", 1.0)
         return self.report(list(results.values()), winner)
+
+    def compile(self, candidates: list[Candidate]) -> None:
+        """Build the harness of every C candidate, all cores at work: before the race, which wants the host to itself."""
+        racing = [(item, item.csource) for item in candidates if item.csource is not None]
+        self.on_progress(f"compiling {len(racing)} C candidates", 0.0)
+        for item, csource in racing:
+            (self.work / f"{item.runtime}-adapter.c").write_text(_adapter(csource, self.bench(item).signature))
+
+        def build(item: Candidate, csource: CSource) -> Path | RankdError:
+            sources = [csource.source, self.work / f"{item.runtime}-adapter.c", HARNESS]
+            try:
+                compile_c(sources, self.work / item.runtime, (f"-I{csource.header.parent}",), item.native)
+            except RankdError as error:
+                return error
+            return self.work / item.runtime
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            built = pool.map(lambda pair: build(*pair), racing)
+            self.binaries = {item.runtime: binary for (item, _), binary in zip(racing, built, strict=True)}
 
     def report(self, results: list[CandidateResult], winner: str) -> LatencyReport:
         """The results, best tail first, judged by the winner's verdict."""
@@ -398,11 +436,9 @@ class _Race:
         """Raw times and proof of generated C, measured inside a compiled harness."""
         if item.csource is None:
             raise RankdError(f"candidate {item.runtime} has no C source")
-        bench, binary = self.bench(item), self.work / item.runtime
-        adapter = self.work / f"{item.runtime}-adapter.c"
-        adapter.write_text(_adapter(item.csource, bench.signature))
-        include = f"-I{item.csource.header.parent}"
-        compile_c([item.csource.source, adapter, HARNESS], binary, (include,), item.native)
+        bench, binary = self.bench(item), self.binaries[item.runtime]
+        if isinstance(binary, RankdError):
+            raise binary
         raw = self.work / f"{item.runtime}.bin"
         core = profile_script.quiet_core()
         numbers = [runs, self.cfg.back_to_back_runs, self.pace_us * 1000, deadline_s * 1000, self.cfg.burst_ms]

@@ -6,14 +6,14 @@ from rankd_pipeline.runtime.onnx_export import read_signature
 from rankd_pipeline.runtime.parity import onnx_runner
 from rankd_pipeline.spec import validated
 from rankd_pipeline.steps.data import calls_of_rows
-from rankd_pipeline.steps.quantized_onnx import model_file
+from rankd_pipeline.steps.quantized_onnx import PRECISIONS, c_form, model_file
 from rankd_pipeline.steps.runner import StepContext
 
 SAMPLES = 512
 
 
 def latency_profile(ctx: StepContext) -> None:
-    """Write `latency.json`, the raced C sources under `c/` and a histogram; metrics carry the winner and the verdict.
+    """Write `latency.json` and a histogram; metrics carry the winner and the verdict.
 
     Student candidates that missed their quantization gate do not race (at smoke scale all do).
     """
@@ -28,7 +28,6 @@ def latency_profile(ctx: StepContext) -> None:
     samples = calls_of_rows(ctx.function, ctx.inputs["corpus"], "test", SAMPLES, signature, onnx_runner(first))
     # Carried state starts at zero in the race, as in the field: students may differ in it.
     samples = {name: values for name, values in samples.items() if name not in signature.state}
-    (ctx.out / "c").mkdir(exist_ok=True)
     line = [entry for name in racing for entry in _line_up(ctx, name, name if len(racing) > 1 else "")]
     report = profile(
         line, signature, config, samples, ctx.scratch / "race", lambda text, share: ctx.progress(share, 1.0, text),
@@ -59,6 +58,8 @@ def latency_profile(ctx: StepContext) -> None:
 def _line_up(ctx: StepContext, name: str, prefix: str) -> list[Candidate]:
     """What a student candidate races as; INT8 that was left out for its score stays out of the race."""
     files = ctx.inputs["quantized_onnx"]
-    fp32, int8 = (files.file(model_file(name, precision)) for precision in ("fp32", "int8"))
-    races = "int8" in files.metrics["candidates"][name]["precisions"] or not ctx.spec.enforced
-    return line_up(fp32, int8 if races else None, ctx.out / "c", True, prefix, ctx.config.generated_c)
+    made = files.metrics["candidates"][name]
+    precisions = PRECISIONS if not ctx.spec.enforced else made["precisions"]
+    models = {precision: files.file(model_file(name, precision)) for precision in precisions}
+    forms = {precision: c_form(files, name, precision) for precision in precisions if ctx.config.generated_c}
+    return line_up(models["fp32"], models.get("int8"), forms, True, prefix)

@@ -2,26 +2,34 @@
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from rankd_pipeline.compression.quantization import quantize_int8
+from rankd_pipeline.distillation.heads import Calibration
 from rankd_pipeline.evaluation.gates import GateResult, verdict_of
 from rankd_pipeline.evaluation.table import concat_tables, write_table
 from rankd_pipeline.ran_functions.contract import Predictor, Run
 from rankd_pipeline.runtime import c_export, parity
+from rankd_pipeline.runtime.c_export import CForm, CSource
 from rankd_pipeline.runtime.onnx_export import export_onnx, load_session, run_batches
 from rankd_pipeline.runtime.signature import ModelSignature
 from rankd_pipeline.steps.data import calls_of_rows, present_splits
 from rankd_pipeline.steps.runner import StepContext
 from rankd_pipeline.steps.scoring import evaluate_splits, judge_gates, score_of, score_table
 from rankd_pipeline.steps.teacher import WEIGHTS
+from rankd_pipeline.store.artifact import Artifact
 from rankd_pipeline.training.weights import load_weights
 
 PRECISIONS = ("fp32", "int8")
+C_FOLDER = "c"
 
 
 def model_file(candidate: str, precision: str) -> str:
@@ -29,15 +37,38 @@ def model_file(candidate: str, precision: str) -> str:
     return f"{candidate}_{precision}.onnx"
 
 
+def c_form(files: Artifact, candidate: str, precision: str) -> CForm:
+    """The C that the step wrote for a file, or why it did not."""
+    name = Path(model_file(candidate, precision)).stem
+    source = files.path / C_FOLDER / f"{name}.c"
+    if source.is_file():
+        return CForm(CSource(name, source, source.with_suffix(".h")))
+    return CForm(None, files.metrics["candidates"][candidate]["parity"][f"c_onnx_{precision}"]["note"])
+
+
+@dataclass(frozen=True)
+class _Exported:
+    """One student as files, and the module that they must agree with."""
+
+    files: dict[str, Path]
+    module: torch.nn.Module
+    signature: ModelSignature
+
+
 def quantized_onnx(ctx: StepContext) -> None:
-    """Write both ONNX files of every student candidate, `parity.json`, `evaluation.parquet`; metrics carry gates and verdict.
+    """Write both ONNX files of every student candidate, their C under `c/`, `parity.json` and `evaluation.parquet`.
+
+    metrics carry gates and verdict.
 
     A candidate that misses a gate leaves the race (with `int8_optional`, one that only INT8 misses takes its INT8 out of
     it); the step passes if one is left. metrics are those of the student step's favourite, or of the best candidate
     left; `candidates` holds those of all.
     """
     students = ctx.inputs["student"].metrics["candidates"]
-    made = {name: _candidate(ctx, name, metrics) for name, metrics in students.items()}
+    exported = {name: _exported(ctx, name, metrics["calibration_parameters"]) for name, metrics in students.items()}
+    ctx.progress(0, 1, "C")
+    libraries = _libraries(ctx, {path.stem: path for item in exported.values() for path in item.files.values()})
+    made = {name: _judged(ctx, name, item, libraries) for name, item in exported.items()}
     write_table(concat_tables([table for _, table in made.values()]), ctx.out / "evaluation.parquet")
     models = [str(model) for _, table in made.values() for model in table["model"].unique()]
     ctx.write_json("scores.json", [
@@ -50,23 +81,44 @@ def quantized_onnx(ctx: StepContext) -> None:
     ctx.metrics.update(made[best][0], candidate=best, candidates={name: metrics for name, (metrics, _) in made.items()})
 
 
-def _candidate(ctx: StepContext, name: str, student: dict[str, Any]) -> tuple[dict[str, Any], pd.DataFrame]:
-    """Export, quantize and judge one student: its metrics, and its evaluation."""
-    corpus, files = ctx.inputs["corpus"], {precision: ctx.out / model_file(name, precision) for precision in PRECISIONS}
+def _exported(ctx: StepContext, name: str, calibration: Calibration) -> _Exported:
+    """Write both files of one student."""
+    files = {precision: ctx.out / model_file(name, precision) for precision in PRECISIONS}
     module = ctx.function.student(ctx.corpus_config, ctx.spec.students[name].network)
     load_weights(module, ctx.inputs["student"].file(f"{name}/{WEIGHTS}"))
-    calibration = student["calibration_parameters"]
     deployable = ctx.function.deployable(module, calibration).eval()
     signature = ctx.function.student_signature(
         ctx.corpus_config, ctx.spec.students[name].network, ctx.spec.steps.latency_profile.budget_us
     )
     about = {**lineage_of(ctx), "rankd.student": name}
+    ctx.progress(0, 2, f"{name}: ONNX")
     export_onnx(deployable, signature, files["fp32"], {**about, "rankd.precision": "fp32"})
-    ctx.progress(1, 5, f"{name}: INT8")
+    ctx.progress(1, 2, f"{name}: INT8")
     batches = _calibration_batches(ctx, signature, parity.onnx_runner(files["fp32"]))
     quantize_int8(files["fp32"], files["int8"], batches, {**about, "rankd.precision": "int8"})
-    ctx.progress(2, 5, f"{name}: parity")
-    checks = _parity(ctx, files, deployable, signature)
+    return _Exported(files, deployable, signature)
+
+
+def _libraries(ctx: StepContext, files: dict[str, Path]) -> dict[str, tuple[Path | None, str]]:
+    """The files as C under `c/` and compiled, by name: (library, "") or (None, why not)."""
+    if not ctx.spec.steps.latency_profile.generated_c:
+        return dict.fromkeys(files, (None, "switched off (steps.latency_profile.generated_c)"))
+    forms = c_export.generate_all(files, ctx.out / C_FOLDER)
+    sources = [form.source for form in forms.values() if form.source is not None]
+    with ThreadPoolExecutor(ctx.workers) as pool:
+        built = dict(zip((source.name for source in sources), pool.map(partial(c_export.build_shared, out_dir=ctx.scratch / "lib"),
+                                                                      sources), strict=True))  # fmt: skip
+    return {name: (built.get(name), form.reason) for name, form in forms.items()}
+
+
+def _judged(
+    ctx: StepContext, name: str, exported: _Exported, libraries: dict[str, tuple[Path | None, str]]
+) -> tuple[dict[str, Any], pd.DataFrame]:
+    """One student's metrics, and its evaluation."""
+    corpus, files, signature = ctx.inputs["corpus"], exported.files, exported.signature
+    ctx.progress(0, 2, f"{name}: parity")
+    checks = _parity(ctx, exported, libraries)
+    ctx.progress(1, 2, f"{name}: scores")
     models = {precision: onnx_predictor(ctx, path, signature) for precision, path in files.items()}
     table = evaluate_splits(ctx, corpus, models, present_splits(corpus), list(models))
     gates = judge_gates(ctx, ctx.spec.gates.quantized_onnx, table, [], ctx.spec.steps.calibration_scorecard.resamples)
@@ -133,23 +185,20 @@ def _calibration_batches(ctx: StepContext, signature: ModelSignature, run: Run, 
 
 
 def _parity(
-    ctx: StepContext, files: dict[str, Path], deployable: Any, signature: ModelSignature
+    ctx: StepContext, exported: _Exported, libraries: dict[str, tuple[Path | None, str]]
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """torch against ONNX, C against ONNX, for the bounds of the contract."""
-    runners = {precision: parity.onnx_runner(path) for precision, path in files.items()}
+    signature = exported.signature
+    runners = {precision: parity.onnx_runner(path) for precision, path in exported.files.items()}
     inputs = calls_of_rows(ctx.function, ctx.inputs["corpus"], "test", ctx.config.parity_samples, signature, runners["fp32"])
-    found = {"torch_onnx_fp32": parity.parity(parity.torch_runner(deployable, signature), runners["fp32"], inputs)}
+    found = {"torch_onnx_fp32": parity.parity(parity.torch_runner(exported.module, signature), runners["fp32"], inputs)}
     not_built = {}
-    for precision, path in files.items():
-        if not ctx.spec.steps.latency_profile.generated_c:
-            not_built[f"c_onnx_{precision}"] = {"ok": True, "note": "switched off (steps.latency_profile.generated_c)"}
-            continue
-        source, why = c_export.is_buildable(path, ctx.scratch / "c", path.stem)
-        if source is None:
+    for precision, path in exported.files.items():
+        library, why = libraries[path.stem]
+        if library is None:
             not_built[f"c_onnx_{precision}"] = {"ok": True, "note": why}
-            continue
-        library = c_export.build_shared(source, ctx.scratch / "lib")
-        found[f"c_onnx_{precision}"] = parity.parity(runners[precision], c_export.CModel(library, signature), inputs)
+        else:
+            found[f"c_onnx_{precision}"] = parity.parity(runners[precision], c_export.CModel(library, signature), inputs)
     # Classes are decided by their order; other heads by the values themselves.
     agreement = "argmax_agreement" if ctx.function.head().kind == "classification" else "close_agreement"
     holds = {

@@ -29,7 +29,7 @@ from rankd_pipeline.steps.students import load_student, score_job, student_job, 
 from rankd_pipeline.steps.teacher import WEIGHTS, load_teacher
 from rankd_pipeline.store.tensors import read_columns, rows_of
 from rankd_pipeline.training.fit import FitConfig
-from rankd_pipeline.training.parallel import map_processes
+from rankd_pipeline.training.parallel import Workers
 from rankd_pipeline.training.seeds import derive_seed
 from rankd_pipeline.training.weights import save_weights
 
@@ -67,17 +67,18 @@ def student(ctx: StepContext) -> None:
     metrics are those of the candidate with the best validation score; `candidates` holds those of all.
     """
     _lay_out(ctx)
-    compared = _trained(ctx)
-    models = {item.name: load_student(ctx.function, item.chosen) for item in compared}
-    calibrations = {name: fitted_calibration(ctx, model) for name, model in models.items()}
-    scores = _seed_scores(ctx, compared, calibrations)
+    with Workers(ctx.workers) as workers:
+        compared = _trained(ctx, workers)
+        models = {item.name: load_student(ctx.function, item.chosen) for item in compared}
+        calibrations = {name: fitted_calibration(ctx, model) for name, model in models.items()}
+        scores = _seed_scores(ctx, workers, compared, calibrations)
     made = {item.name: _published(ctx, item, models[item.name], calibrations[item.name], scores) for item in compared}
     best = max(compared, key=lambda item: item.validation[item.arm]).name
     ctx.metrics.update(made[best][0], candidate=best, candidates={name: metrics for name, (metrics, _) in made.items()})
     ctx.write_json("scores.json", [row for _, rows in made.values() for row in rows])
 
 
-def _trained(ctx: StepContext) -> list[_Compared]:
+def _trained(ctx: StepContext, workers: Workers) -> list[_Compared]:
     """Sweep the temperature, then train all arms under paired seeds: all candidates side by side, so that no worker waits."""
     head, students = ctx.function.head(), ctx.spec.students
     for name, config in students.items():
@@ -86,7 +87,7 @@ def _trained(ctx: StepContext) -> list[_Compared]:
     sweep = []
     if len(temperatures) > 1:  # a single one is no choice
         sweep = _train(
-            ctx, [_job(ctx, name, "distilled", T, 0) for name in students for T in temperatures], "temperature sweep"
+            ctx, workers, [_job(ctx, name, "distilled", T, 0) for name in students for T in temperatures], "temperature sweep"
         )  # fmt: skip
     swept = {name: [job for job in sweep if job["candidate"] == name] for name in students}
     chosen = {
@@ -95,8 +96,9 @@ def _trained(ctx: StepContext) -> list[_Compared]:
     }
     seeds = range(1, ctx.config.paired_seeds + 1)
     paired = _train(
-        ctx, [_job(ctx, name, arm, chosen[name], seed) for name in students for seed in seeds for arm in head.arms], "paired seeds"
-    )
+        ctx, workers, [_job(ctx, name, arm, chosen[name], seed) for name in students for seed in seeds for arm in head.arms],
+        "paired seeds",
+    )  # fmt: skip
     return [_Compared(name, chosen[name], swept[name], [job for job in paired if job["candidate"] == name]) for name in students]
 
 
@@ -142,7 +144,7 @@ def _start(ctx: StepContext, candidate: str) -> str | None:
     return str(path) if path is not None and path.is_file() else None
 
 
-def _train(ctx: StepContext, jobs: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
+def _train(ctx: StepContext, workers: Workers, jobs: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
     (ctx.scratch / "students").mkdir(exist_ok=True)
     done = 0
     ctx.progress(0, len(jobs), what)
@@ -152,13 +154,15 @@ def _train(ctx: StepContext, jobs: list[dict[str, Any]], what: str) -> list[dict
         done += 1
         ctx.progress(done, len(jobs), what)
 
-    results = map_processes(student_job, jobs, ctx.workers, on_done)
+    results = workers.map(student_job, jobs, on_done)
     if not all(np.isfinite(job["validation_loss"]) for job in results):
         raise RankdError("student: a training diverged (its validation loss is not finite); lower steps.student.fit.lr.")
     return [{**job, **result} for job, result in zip(jobs, results, strict=True)]
 
 
-def _seed_scores(ctx: StepContext, compared: list[_Compared], calibrations: Mapping[str, Calibration]) -> dict[str, float]:
+def _seed_scores(
+    ctx: StepContext, workers: Workers, compared: list[_Compared], calibrations: Mapping[str, Calibration]
+) -> dict[str, float]:  # fmt: skip
     """The headline score of every student on the test split, by name; each worker reads the split once.
 
     Calibration changes no estimate and hardly a decision, so all are scored with that of the one that is deployed.
@@ -167,7 +171,7 @@ def _seed_scores(ctx: StepContext, compared: list[_Compared], calibrations: Mapp
     shares = [students[start :: ctx.workers] for start in range(min(ctx.workers, len(students)))]
     jobs = [{"students": share, "corpus": ctx.inputs["corpus"]} for share in shares]
     ctx.progress(0, 1, "scoring every seed")
-    return {name: score for scores in map_processes(score_job, jobs, ctx.workers) for name, score in scores.items()}
+    return {name: score for scores in workers.map(score_job, jobs) for name, score in scores.items()}
 
 
 def _published(

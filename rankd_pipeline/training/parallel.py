@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -17,71 +17,92 @@ from rankd_pipeline.errors import RankdError
 _SINGLE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
+class Workers:
+    """Up to `count` worker processes, started when jobs first need them and kept for the next jobs until the block ends.
+
+    Workers are spawned, not forked: torch's thread pools do not survive a fork. They die with this process, however it
+    dies, and each runs its jobs on one torch thread.
+
+        with Workers(2) as workers:
+            students = workers.map(train, jobs)
+            scores = workers.map(score, students)
+    """
+
+    def __init__(self, count: int) -> None:
+        """Raises RankdError for a count below 1."""
+        if count < 1:
+            raise RankdError(f"the number of worker processes is {count}; it must be at least 1")
+        self._count = count
+        self._pool: dict[Connection, BaseProcess] = {}
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for connection, process in self._pool.items():
+            connection.close()
+            process.kill()
+            process.join()
+        self._pool.clear()
+
+    def map(
+        self, fn: Callable[[Any], Any], jobs: Sequence[Any], on_done: Callable[[int, Any], None] | None = None
+    ) -> list[Any]:  # fmt: skip
+        """Return `[fn(job) for job in jobs]`; the result does not depend on how many workers there are.
+
+        Each worker takes the next job when it is free. With one worker (or one job, and no worker yet) the jobs run here,
+        in turn. After an error no more jobs can be given.
+
+        Args:
+            fn: a module-level function; its argument and result travel through multiprocessing's own channel.
+            on_done: called here with (index of the job, result), in the order in which the jobs end.
+
+        Raises:
+            RankdError: a worker died (killed, out of memory), or `fn` raised it.
+            RuntimeError: `fn` raised anything else; the worker's traceback is in the message.
+        """
+        results: list[Any] = [None] * len(jobs)
+        wanted = min(self._count, len(jobs))
+        for index, result in self._here(fn, jobs) if max(wanted, len(self._pool)) <= 1 else self._away(fn, jobs, wanted):
+            results[index] = result
+            if on_done is not None:
+                on_done(index, result)
+        return results
+
+    def _here(self, fn: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        with _one_torch_thread():
+            yield from ((index, fn(job)) for index, job in enumerate(jobs))
+
+    def _away(self, fn: Callable[[Any], Any], jobs: Sequence[Any], wanted: int) -> Iterator[tuple[int, Any]]:
+        while len(self._pool) < wanted:
+            connection, process = _start_worker()
+            self._pool[connection] = process
+        pending = iter(enumerate(jobs))
+        running = {connection: index for connection in self._pool if (index := _send_next(connection, fn, pending)) >= 0}
+        while running:
+            for connection in cast(list[Connection], wait(list(running))):
+                index = running.pop(connection)
+                yield index, _receive(connection, self._pool[connection], index, len(jobs))
+                following = _send_next(connection, fn, pending)
+                if following >= 0:
+                    running[connection] = following
+
+
 def map_processes(
     fn: Callable[[Any], Any],
     jobs: Sequence[Any],
     workers: int,
     on_done: Callable[[int, Any], None] | None = None,
 ) -> list[Any]:
-    """Return `[fn(job) for job in jobs]`, computed by `workers` processes; the result does not depend on how many.
-
-    Each worker takes the next job when it is free and runs it on one torch thread. With one worker (or one job) the
-    jobs run here, in turn. Workers are spawned, not forked: torch's thread pools do not survive a fork. They die with
-    this process, however it dies.
-
-    Args:
-        fn: a module-level function; its argument and result travel through multiprocessing's own channel.
-        on_done: called here with (index of the job, result), in the order in which the jobs end.
-
-    Raises:
-        RankdError: a worker died (killed, out of memory), or `fn` raised it.
-        RuntimeError: `fn` raised anything else; the worker's traceback is in the message.
-    """
-    if workers < 1:
-        raise RankdError(f"the number of worker processes is {workers}; it must be at least 1")
-    results: list[Any] = [None] * len(jobs)
-    if min(workers, len(jobs)) <= 1:
-        with _one_torch_thread():
-            for index, job in enumerate(jobs):
-                results[index] = fn(job)
-                if on_done is not None:
-                    on_done(index, results[index])
-        return results
-    for index, result in _in_workers(fn, jobs, min(workers, len(jobs))):
-        results[index] = result
-        if on_done is not None:
-            on_done(index, result)
-    return results
+    """`Workers(workers).map(fn, jobs, on_done)`, for one set of jobs: all workers are gone when it returns or raises."""
+    with Workers(workers) as pool:
+        return pool.map(fn, jobs, on_done)
 
 
-def _in_workers(fn: Callable[[Any], Any], jobs: Sequence[Any], workers: int) -> Iterator[tuple[int, Any]]:
-    """Yield (index, result) as jobs end; all workers are gone when the iteration ends, is closed, or fails."""
-    pool: dict[Connection, BaseProcess] = {}
-    pending = iter(enumerate(jobs))
-    running: dict[Connection, int] = {}
-    try:
-        for _ in range(workers):
-            connection, process = _start_worker(fn)
-            pool[connection] = process
-            running[connection] = _send_next(connection, pending)
-        while running:
-            for connection in wait(list(running)):
-                index = running.pop(connection)  # type: ignore[arg-type]
-                yield index, _receive(connection, pool[connection], index, len(jobs))  # type: ignore[arg-type,index]
-                following = _send_next(connection, pending)  # type: ignore[arg-type]
-                if following >= 0:
-                    running[connection] = following  # type: ignore[index]
-    finally:
-        for connection, process in pool.items():
-            connection.close()
-            process.kill()
-            process.join()
-
-
-def _start_worker(fn: Callable[[Any], Any]) -> tuple[Connection, BaseProcess]:
+def _start_worker() -> tuple[Connection, BaseProcess]:
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=_work, args=(fn, there), name="rankd-worker")
+    process = context.Process(target=_work, args=(there,), name="rankd-worker")
     # The libraries read these when the child imports them, before any line of ours runs there.
     with _environment(_SINGLE_THREAD):
         process.start()
@@ -89,13 +110,13 @@ def _start_worker(fn: Callable[[Any], Any]) -> tuple[Connection, BaseProcess]:
     return here, process
 
 
-def _send_next(connection: Connection, pending: Iterator[tuple[int, Any]]) -> int:
+def _send_next(connection: Connection, fn: Callable[[Any], Any], pending: Iterator[tuple[int, Any]]) -> int:
     """Send the next job and return its index, or -1 when there is none left."""
     index, job = next(pending, (-1, None))
     if index >= 0:
         # A worker that is already gone is reported when its answer is awaited.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            connection.send(job)
+            connection.send((fn, job))
     return index
 
 
@@ -114,13 +135,13 @@ def _receive(connection: Connection, process: BaseProcess, index: int, count: in
     raise RuntimeError(f"job {index + 1} of {count} failed in its worker process:\n{value}")
 
 
-def _work(fn: Callable[[Any], Any], connection: Connection) -> None:
+def _work(connection: Connection) -> None:
     """A worker's life: jobs in, results out, until the pipe closes."""
     threading.Thread(target=_die_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     while True:
         try:
-            job = connection.recv()
+            fn, job = connection.recv()
         except EOFError:
             return
         try:

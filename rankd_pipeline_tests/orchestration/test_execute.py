@@ -126,7 +126,7 @@ SLOW = """
 import sys
 from rankd_pipeline.orchestration.execute import execute_chain
 from rankd_pipeline.settings import prepare_environment
-outcome = execute_chain(sys.argv[1], "smoke", 0, "default", prepare_environment(), steps=["corpus"],
+outcome = execute_chain(sys.argv[1], "smoke", 0, "default", prepare_environment(), steps=["corpus"], in_process=False,
                         watch=lambda event: print(event.step, event.state, flush=True))
 print("OUTCOME", outcome.status, outcome.exit_code, outcome.message, flush=True)
 """

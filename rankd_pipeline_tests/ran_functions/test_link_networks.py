@@ -267,12 +267,12 @@ def test_exported_slot_is_the_module_s_in_onnx_and_c(kind, tmp_path: Path):
     assert {name: values.shape[1:] for name, values in calls.items()} == {spec.name: spec.shape for spec in signature.inputs}
     assert np.abs(calls["state"]).max() > 0.01
     assert parity.parity(parity.torch_runner(module, signature), run, calls).max_abs < parity.ONNX_MAX_ABS
-    source, why = c_export.is_buildable(tmp_path / "link.onnx", tmp_path, "link")
+    form = c_export.generate_all({"link": tmp_path / "link.onnx"}, tmp_path)["link"]
     if c_export.compiler() is None:
-        assert "no C compiler" in why
+        assert "no C compiler" in form.reason
         return
-    assert source is not None, why
-    library = c_export.build_shared(source, tmp_path)
+    assert form.source is not None, form.reason
+    library = c_export.build_shared(form.source, tmp_path)
     assert parity.parity(run, c_export.CModel(library, signature), calls).max_abs < parity.C_MAX_ABS
 
 

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from rankd_pipeline.errors import RankdError
 from rankd_pipeline.runtime import parity as bounds
-from rankd_pipeline.runtime.c_export import CModel, build_shared, compiler, generate_c, is_buildable
+from rankd_pipeline.runtime.c_export import CForm, CModel, build_shared, compiler, generate_all, generate_c
 from rankd_pipeline.runtime.onnx_export import (
     IR_VERSION_MAX,
     export_onnx,
@@ -134,17 +134,31 @@ def test_c_source_is_clean_and_stable_across_processes(mlp_toy, tmp_path):
     )  # fmt: skip
 
 
+@pytest.mark.needs_compiler
+def test_one_generator_writes_each_of_several_models_as_if_it_were_alone(mlp_toy, gru_toy, tmp_path):
+    """In either order, with one that cannot be written between them."""
+    toys = {toy.c_fp32.name: toy for toy in (mlp_toy, gru_toy)}
+    models = {name: toy.fp32 for name, toy in toys.items()}
+    for order in (list(models), list(reversed(models))):
+        forms = generate_all({order[0]: models[order[0]], "absent": tmp_path / "absent.onnx", order[1]: models[order[1]]}, tmp_path)
+        assert "absent.onnx" in forms.pop("absent").reason
+        for name, form in forms.items():
+            assert form.source is not None, form.reason
+            assert form.source.source.read_bytes() == toys[name].c_fp32.source.read_bytes()
+            assert form.source.header.read_bytes() == toys[name].c_fp32.header.read_bytes()
+
+
 def test_no_compiler_and_too_large_are_said_not_raised(mlp_toy, tmp_path, monkeypatch):
     """What cannot be built as C is listed with its reason."""
     monkeypatch.setattr("rankd_pipeline.runtime.c_export.WEIGHTS_MAX_BYTES", 1000)
     if compiler():
-        source, why = is_buildable(mlp_toy.fp32, tmp_path, "model")
-        assert source is None
-        assert "too much for C" in why
+        form = generate_all({"model": mlp_toy.fp32}, tmp_path)["model"]
+        assert form.source is None
+        assert "too much for C" in form.reason
     with pytest.raises(RankdError, match="too much"):
         generate_c(mlp_toy.fp32, tmp_path, "model")
     monkeypatch.setattr("rankd_pipeline.runtime.c_export.shutil.which", lambda name: None)
-    assert is_buildable(mlp_toy.fp32, tmp_path, "model") == (None, "not built: no C compiler on this host")
+    assert generate_all({"model": mlp_toy.fp32}, tmp_path) == {"model": CForm(None, "not built: no C compiler on this host")}
 
 
 @pytest.mark.parametrize("content", [b"", b"hello, I am a text file\n", b"\x08\x0a", b"PK\x03\x04" * 30])

@@ -20,7 +20,7 @@ from onnx import TensorProto, helper
 
 from rankd_pipeline.errors import Busy, RankdError
 from rankd_pipeline.runtime import latency, profile_script
-from rankd_pipeline.runtime.c_export import compiler
+from rankd_pipeline.runtime.c_export import CForm, compiler
 from rankd_pipeline.runtime.latency import Candidate, CandidateResult, LatencyConfig, judge_times, line_up, pick, profile
 from rankd_pipeline.runtime.onnx_export import export_onnx
 from rankd_pipeline.runtime.profile_script import judge, summarise, tail_interval
@@ -145,12 +145,10 @@ def test_of_several_students_the_best_within_the_limit_wins():
 
 
 @pytest.mark.needs_compiler
-def test_whole_race(toy, tmp_path, monkeypatch):
+def test_whole_race(toy, tmp_path):
     """Both toys: every runtime measured, figures ordered, cases and JSON complete, nothing left at real-time priority."""
     messages: list[str] = []
-    ready = {toy.fp32: toy.c_fp32, toy.int8: toy.c_int8}
-    monkeypatch.setattr(latency, "is_buildable", lambda path, folder, name: (ready[path], ""))  # generated once
-    candidates = line_up(toy.fp32, toy.int8, tmp_path / "c", native=True)
+    candidates = line_up(toy.fp32, toy.int8, {"fp32": CForm(toy.c_fp32), "int8": CForm(toy.c_int8)}, native=True)
     report = profile(candidates, toy.signature, QUICK, toy.inputs(40), tmp_path, lambda text, share: messages.append(text))
     measured = {item.runtime: item for item in report.candidates if not item.reason}
     assert {"onnxruntime-fp32", "onnxruntime-int8", "c-fp32", "c-int8", "c-fp32-native"} <= set(measured)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from rankd_pipeline.errors import RankdError
-from rankd_pipeline.training.parallel import map_processes
+from rankd_pipeline.training.parallel import Workers, map_processes
 
 
 def square(job: dict) -> dict:
@@ -57,6 +57,24 @@ def test_every_kind_of_failure_is_told_and_leaves_no_child():
     with pytest.raises(RankdError, match="at least 1"):
         map_processes(square, [], 0)
     assert map_processes(square, [], 2) == []
+
+
+def own_pid(job: int) -> tuple[int, int]:
+    time.sleep(0.3)  # long enough for the other worker to take its share
+    return job, os.getpid()
+
+
+def test_workers_stay_for_the_next_jobs_and_go_with_the_block():
+    with Workers(2) as workers:
+        alone = workers.map(own_pid, [7])
+        first, second = workers.map(own_pid, [1, 2, 3, 4]), workers.map(own_pid, [5, 6])
+        assert workers.map(square, []) == []
+        assert [r["value"] for r in workers.map(square, [{"value": 3}])] == [9]
+    assert [job for job, _ in [*alone, *first, *second]] == [7, 1, 2, 3, 4, 5, 6]
+    pids = {pid for _, pid in first}
+    assert {pid for _, pid in alone} == {os.getpid()}  # one job needs no process
+    assert len(pids) == 2 and {pid for _, pid in second} <= pids
+    assert not any(map(alive, pids))
 
 
 def test_killed_parent_leaves_no_orphan(tmp_path):
