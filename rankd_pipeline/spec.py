@@ -181,10 +181,12 @@ class DriftStep(_Strict):
 
 
 class ShadowStep(_Strict):
-    """When a challenger takes over (evaluation/challenge.py), in the unit of the function's score.
+    """When a challenger takes over (evaluation/challenge.py).
 
-    min_gain: it must be better by more than this on the labelled rows that were held back. alpha: chance of promoting one
-    that is not, over all looks at one champion. max_forgetting: what it may lose on the general test set.
+    min_gain: it must be better by more than this on the labelled rows that were held back, in the unit of the function's
+    score. alpha: chance of promoting one that is not, over all looks at one champion. max_forgetting: what share of the
+    champion's score it may lose on the general test set: points of a rate, and of decibels the share of the power (0.01 is
+    0.043 dB).
     """
 
     alpha: float = Field(default=0.01, gt=0, lt=0.5)

@@ -147,7 +147,7 @@ def lineage(bundle: str | None, site: str | None, as_json: bool) -> int:
 def _models_of_site(site: str, current: Settings, as_json: bool) -> int:
     """Every deployment that rows of the site went into, with the version and the service that the ledger knows."""
     from rankd_pipeline.store.ledger import open_ledger
-    from rankd_pipeline.store.lineage import models_of_site
+    from rankd_pipeline.store.lineage import models_of_site, sites_of_models
 
     store = _store_if_there(current)
     rows = []
@@ -171,6 +171,8 @@ def _models_of_site(site: str, current: Settings, as_json: bool) -> int:
         version = f"v{row['version']}" if row["version"] else "unregistered"
         click.echo(f"{row['pipeline']} {version} ({what}): {', '.join(parts)}")
     click.echo(f"{len(rows)} model(s) were touched by data of {site}.")
+    if store is not None and not rows:  # the site, or its name?
+        click.echo(f"Sites that models of this store have seen: {', '.join(sites_of_models(store)) or 'none'}.")
     return 0
 
 

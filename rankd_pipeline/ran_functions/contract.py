@@ -4,6 +4,7 @@ A function brings domain code; a step knows no function by name. Light on purpos
 Shapes: n samples, C classes or outputs. A *features* or *truth* dict maps column names to arrays with n as first axis.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,12 @@ class Metric:
     """True for a share of samples: only then a ratio student / teacher (retention) makes sense."""
     aggregate: str = "mean"
     """How rows of the evaluation table become the score (see evaluation/bootstrap.py), e.g. `cells_db(snr)`."""
+
+    def difference(self, share: float, score: float) -> float:
+        """What `share` (0.01: one per cent) of `score` is in the metric's unit: points of a rate, dB of the power behind dB."""
+        if self.is_rate:
+            return share
+        return 10.0 * math.log10(1.0 + share) if self.unit == "dB" else share * abs(score)
 
 
 @dataclass(frozen=True)

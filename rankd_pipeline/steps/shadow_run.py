@@ -16,7 +16,7 @@ from rankd_pipeline.runtime.bundle import Predictor as Bundle
 from rankd_pipeline.runtime.bundle import load_bundle
 from rankd_pipeline.steps.data import present_splits
 from rankd_pipeline.steps.runner import StepContext
-from rankd_pipeline.steps.scoring import evaluate_splits
+from rankd_pipeline.steps.scoring import evaluate_splits, score_of
 from rankd_pipeline.steps.site_data import roles_for
 from rankd_pipeline.telemetry.contract import TelemetrySchema, telemetry_schema
 from rankd_pipeline.telemetry.roles import JUDGE
@@ -47,14 +47,14 @@ def shadow_run(ctx: StepContext) -> None:
     ctx.progress(2, 4, "the challenger's calls")
     late = _call_times_us(ctx, bundles[CHALLENGER], columns)
     ctx.progress(3, 4, "on the general test set")
-    general = _general(ctx, bundles)
+    general, champion = _general(ctx, bundles)
     evidence = Evidence(
         gain=scores[CHALLENGER] - scores[CHAMPION], session=columns["session"][judged], general=general.value,
         general_ci95=general.ci95, label_bias_p=_label_bias(ctx, columns, schema), failed=_unfinite(delivered[CHALLENGER]),
         late_p=above_budget(late, ctx.spec.steps.latency_profile.budget_us), look=ctx.given["look"],
     )  # fmt: skip
-    config = ctx.config
-    rules = ChallengeRules(config.alpha, config.min_gain, config.max_forgetting, config.min_labelled, config.min_sessions)
+    config, may_lose = ctx.config, ctx.function.metric.difference(ctx.config.max_forgetting, champion)
+    rules = ChallengeRules(config.alpha, config.min_gain, may_lose, config.min_labelled, config.min_sessions)
     decision = decide(evidence, rules)
     ctx.write_json("decision.json", asdict(decision))
     ctx.metrics.update(
@@ -93,8 +93,8 @@ def _call_times_us(ctx: StepContext, bundle: Bundle, columns: dict[str, np.ndarr
     return bundle.call_times_us(ctx.function.calls(sample, bundle.signature, bundle))
 
 
-def _general(ctx: StepContext, bundles: dict[str, Bundle]) -> Estimate:
-    """What the challenger gains on the general test set, the same samples for both; positive is better.
+def _general(ctx: StepContext, bundles: dict[str, Bundle]) -> tuple[Estimate, float]:
+    """What the challenger gains on the general test set, the same samples for both (positive is better); the champion's score.
 
     All of the corpus that no network has seen counts, also the held-out site and band: the more, the surer.
     """
@@ -105,10 +105,11 @@ def _general(ctx: StepContext, bundles: dict[str, Bundle]) -> Estimate:
     table = table.assign(split=GENERAL)
     metric = ctx.function.metric
     plus, minus = (CHALLENGER, CHAMPION) if metric.higher_is_better else (CHAMPION, CHALLENGER)
-    return estimate(
+    gain = estimate(
         table, f"{plus}@{GENERAL}", [f"{minus}@{GENERAL}"], metric=metric.name, aggregate=metric.aggregate,
         higher_is_better=metric.higher_is_better, seed=derive_seed(ctx.spec.seed, "shadow") % 2**32,
     )  # fmt: skip
+    return gain, score_of(table, f"{CHAMPION}@{GENERAL}", metric)
 
 
 def _label_bias(ctx: StepContext, columns: dict[str, np.ndarray], schema: TelemetrySchema) -> float:

@@ -141,13 +141,22 @@ class Touched:
 def models_of_site(store: Store, site: str) -> list[Touched]:
     """Every deployment in the store whose training, in any generation, has seen rows of this site; from manifests alone."""
     found = []
-    for deployment in store.artifacts(step="deployment"):
-        lineage = _walk(str(deployment.path), write_lineage({"deployment": deployment}, store))
+    for deployment, lineage in _deployments(store):
         rows = tuple(item for item in lineage.field if site in item.sites)
         general = lineage.sites.get(site, 0) - max((item.sites[site] for item in rows), default=0)
         if site in lineage.sites:
             found.append(Touched(deployment.pipeline, deployment.recipe, general, rows))
     return found
+
+
+def sites_of_models(store: Store) -> list[str]:
+    """Every site whose rows some deployment in the store has seen, in order."""
+    return sorted({site for _, lineage in _deployments(store) for site in lineage.sites})
+
+
+def _deployments(store: Store) -> Iterator[tuple[Artifact, Lineage]]:
+    for deployment in store.artifacts(step="deployment"):
+        yield deployment, _walk(str(deployment.path), write_lineage({"deployment": deployment}, store))
 
 
 def _read_document(path: Path) -> dict[str, Any]:

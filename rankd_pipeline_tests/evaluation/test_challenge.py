@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from benchmarks.promotion import trial, worlds
 from rankd_pipeline.evaluation.challenge import ChallengeRules, Evidence, decide, level_of_look, lower_bound
+from rankd_pipeline.ran_functions.contract import Metric
 from rankd_pipeline.spec import load_pipeline
 
 RULES = ChallengeRules(alpha=0.01, min_gain=0.005, max_forgetting=0.01, min_labelled=100, min_sessions=20)
@@ -85,3 +86,11 @@ def test_the_trials_of_the_benchmark_promote_none_of_these_and_some_that_are_bet
     for kind, promoted in ((what, range(1)), ("better by 0.1", range(5, 13))):
         found = [trial(worlds(kind, np.random.default_rng([seed, 1])), spec, seed) for seed in range(12)]
         assert sum(decision.promote for decision in found) in promoted, [decision.reason for decision in found]
+
+
+def test_a_share_of_a_score_is_told_in_its_unit() -> None:
+    """One per cent: a point of a rate, 1 % of the power behind decibels, a hundredth of anything else."""
+    assert Metric("top1", "fraction", True, True).difference(0.01, 0.6) == 0.01
+    decibels = Metric("nmse", "dB", False, False).difference(0.01, -17.0)
+    assert 10 ** (decibels / 10) == pytest.approx(1.01)
+    assert Metric("goodput", "bit/s/Hz", True, False).difference(0.01, 3.7) == pytest.approx(0.037)

@@ -204,5 +204,8 @@ def test_which_models_a_site_s_data_touched(loop: Loop) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RANKD_HOME", str(loop.home.home))
         result = CliRunner().invoke(rankd, ["lineage", "--site", "market_square"], catch_exceptions=False)
+        unknown = CliRunner().invoke(rankd, ["lineage", "--site", "nowhere"], catch_exceptions=False)
     assert "v1 (serves now)" in result.output and "v2 (never served)" in result.output and "of telemetry" in result.output
     assert result.output.rstrip().endswith("2 model(s) were touched by data of market_square.")
+    assert unknown.output.startswith("0 model(s) were touched by data of nowhere.\nSites that models of this store have seen: ")
+    assert "market_square" in unknown.output
