@@ -57,7 +57,7 @@ CHAIN: tuple[StepInfo, ...] = (
              (), ("onnxruntime", "emx-onnx-cgen"), ("quantized_onnx",), on_host=True),
     StepInfo("deployment", "The bundle, its model card and its registered version",
              ("corpus", "audit_report", "oracle_labels", "teacher", "calibration_scorecard", "soft_labels", "student",
-              "quantized_onnx", "latency_profile"), "21",
+              "quantized_onnx", "latency_profile"), "22",
              ("baselines", "metrics"), ("onnxruntime",), ("calibration_scorecard", "quantized_onnx", "latency_profile"),
              reads=("corpus.simulation", "latency_profile.budget_us", "calibration_scorecard.resamples",
                     "calibration_scorecard.end_metric")),
@@ -72,7 +72,7 @@ FIELD: tuple[StepInfo, ...] = (
              "11", ("baselines",), ("scipy", "scikit-learn", "onnxruntime"),
              reads=("corpus.simulation", "latency_profile.budget_us")),
     StepInfo("shadow_run", "Challenger beside champion: over the stored telemetry, and on the general test set",
-             ("deployment", "champion", "corpus", "telemetry"), "5", ("metrics",), ("onnxruntime", "scipy", "scikit-learn"),
+             ("deployment", "champion", "corpus", "telemetry"), "6", ("metrics",), ("onnxruntime", "scipy", "scikit-learn"),
              reads=("corpus.simulation", "latency_profile.budget_us", "telemetry.judge_share", "telemetry.val_share")),
 )  # fmt: skip
 """Steps outside the chain: what comes back from the field. What they read depends on it, so steps/watch.py runs them."""
