@@ -22,6 +22,7 @@ import numpy as np
 from rankd_pipeline.cli.field import following_hour
 from rankd_pipeline.evaluation.bootstrap import estimate
 from rankd_pipeline.evaluation.table import concat_tables
+from rankd_pipeline.progress import read_progress
 from rankd_pipeline.ran_functions.registry import load_function
 from rankd_pipeline.report.figures import ACCENT, BAD, GOOD, new_figure, png
 from rankd_pipeline.runtime.bundle import load_bundle
@@ -57,7 +58,7 @@ class Demo:
         print(f"[{time.monotonic() - self.began:6.1f} s] {text}", flush=True)
 
     def rankd(self, *arguments: str) -> None:
-        subprocess.run([sys.executable, "-m", "rankd_pipeline.cli", *arguments], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([sys.executable, "-m", "rankd_pipeline.cli", *arguments], check=True)
 
     def field(self, hours: int, rows: int, *shifts: str) -> list[Path]:
         """Play the next hours (every call simulates other users) beside the telemetry folder; `deliver` puts them there."""
@@ -82,9 +83,13 @@ class Demo:
         return json.loads(found.file("drift.json").read_text()) if found is not None else None
 
     def wait(self, what: str, done: Callable[[], Any], seconds: float) -> Any:
-        """Poll until `done` says something true."""
-        end = time.monotonic() + seconds
+        """Poll until `done` says something true; the daemon's steps are told as they come."""
+        end, step = time.monotonic() + seconds, ""
         while time.monotonic() < end:
+            running = read_progress(self.current.progress_dir, self.pipeline)
+            if running and running[-1]["step"] != step:
+                step = running[-1]["step"]
+                self.say(f"  {step} runs")
             found = done()
             if found:
                 self.seen[what] = time.monotonic()
