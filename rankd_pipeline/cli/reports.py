@@ -176,7 +176,7 @@ def ablate(function: str, name: str | None, scale: str, seed: int, as_json: bool
         rows = part["rows"]
         table = Table(*rows[0], box=None, pad_edge=False, title=part.get("title"), title_justify="left")
         for row in rows:
-            table.add_row(*(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()))
+            table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
         console().print(table)
     if "path" in result:
         click.echo(f"stored:     {result['path']}")

@@ -54,7 +54,7 @@ def ssl(spec: PipelineSpec, store: Store, current: Settings, note: Note) -> dict
         if artifact is None:
             draft = store.draft(recipe)
             result = _compare(spec, made, draft.scratch, current.workers, note)
-            (draft.out / "table.json").write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
+            (draft.out / "table.json").write_text(json.dumps(result, indent=1) + "\n")
             artifact = store.publish(draft, made)
     return json.loads(artifact.file("table.json").read_text())
 

@@ -120,7 +120,7 @@ class _Grid:
         self._write("trainings.json", {name: [{key: job[key] for key in kept} for job in jobs] for name, jobs in trained.items()})
 
     def _write(self, name: str, value: Any, volatile: bool = False) -> None:
-        (self.draft.out / name).write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+        (self.draft.out / name).write_text(json.dumps(value, indent=1) + "\n")  # columns in the order of the YAML
         if volatile:  # it holds times
             self.draft.volatile.add(name)
 

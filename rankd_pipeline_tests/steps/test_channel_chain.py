@@ -144,6 +144,7 @@ def test_a_grid_that_was_stopped_goes_on_and_writes_the_papers_tables(made):
     assert sum("validation score" in text for text in told) == 10
     assert [table["title"].split(":")[0] for table in found["tables"]][:2] == ["I", "III"]
     assert [row["model"] for row in found["tables"][0]["rows"]] == list(tables["I: accuracy"])
+    assert list(found["tables"][0]["rows"][0]) == ["model", *small.ablation.columns]  # in the order of the YAML
     lead, costs = found["tables"][2], found["tables"][3]
     assert {row["arm"] for row in lead["rows"]} == set(arms) - {"mcakd"} and "paired" in lead["title"]
     passes = {row["model"]: row["teacher passes"] for row in costs["rows"]}
