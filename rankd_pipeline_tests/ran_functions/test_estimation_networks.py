@@ -1,5 +1,7 @@
 """The networks: symmetries that hold exactly, a start that is already a filter, and files that every runtime takes."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -22,6 +24,7 @@ from rankd_pipeline.ran_functions.channel_estimation.networks import (
 FUNCTION = ChannelEstimation()
 CFG, WIDE = ChannelCorpusConfig(), ChannelCorpusConfig(resource_blocks=24)
 ALL = (FilterBank, PilotCNN, UNet)
+WITH_REST = partial(FilterBank, rest=True)
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +80,7 @@ def test_outputs_are_what_the_head_takes(kind, cfg):
     assert np.isfinite(RegressionHead(likelihood=True).validation_loss(outputs.numpy(), batch["label"].numpy()))
 
 
-@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("kind", [*ALL, WITH_REST])
 def test_a_stronger_channel_gives_a_stronger_answer_and_nothing_else(kind):
     model, batch = made(kind), samples()
     strong = {"ls": 30.0 * batch["ls"], "noise_variance": 900.0 * batch["noise_variance"]}
@@ -86,7 +89,7 @@ def test_a_stronger_channel_gives_a_stronger_answer_and_nothing_else(kind):
     assert torch.allclose(one[:, 1] + np.log(900.0), other[:, 1], atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", [FilterBank, UNet])
+@pytest.mark.parametrize("kind", [FilterBank, WITH_REST, UNet])
 def test_a_turned_channel_gives_a_turned_answer(kind):
     model, batch = made(kind), samples()
     quarter = torch.stack([-batch["ls"][:, 1], batch["ls"][:, 0]], 1)
@@ -95,7 +98,7 @@ def test_a_turned_channel_gives_a_turned_answer(kind):
     assert torch.allclose(turned, other[:, 0], atol=2e-4)
 
 
-@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("kind", [*ALL, WITH_REST])
 def test_no_signal_and_wild_noise_stay_finite(kind):
     ls = torch.zeros(3, 2, 2, 12)
     ls[1] = 1e4
@@ -114,6 +117,24 @@ def test_the_interpolation_starts_exact_for_a_smooth_channel():
     assert 10 * np.log10(float(error)) < -25
 
 
+def test_what_no_mode_carries_comes_through_where_it_stands_out_of_the_noise():
+    """A late path, cut off by a bank of few modes: kept with the rest at high SNR, as good as gone in noise of its size."""
+    torch.manual_seed(0)
+    bank, with_rest = (FilterBank(WIDE, bank=[(30.0, 3)], rest=rest).eval() for rest in (False, True))
+    with_rest.load_state_dict(bank.state_dict(), strict=False)
+    late = np.exp(-2j * np.pi * 30e3 * 3e-6 * (4 * np.arange(72) + 1))
+    x = torch.tensor(np.stack([late.real, late.imag]), dtype=torch.float32)[None, None].repeat(1, 2, 1, 1)
+
+    def kept(model: FilterBank, noise: float) -> float:
+        with torch.no_grad():
+            y, _, _ = model.filtered(x, torch.tensor([[noise]]))
+            whole = model.frequency(x)
+        return float((y * whole).sum() / (whole * whole).sum())
+
+    assert kept(bank, 1e-4) < 0.1 and kept(with_rest, 1e-4) > 0.95
+    assert kept(with_rest, 3.0) < 0.15
+
+
 def test_the_bank_refuses_more_modes_than_there_are_estimates():
     with pytest.raises(RankdError, match="12 estimates carry at most 12 taps and modes"):
         FilterBank(CFG, bank=[(30.0, 13)])
@@ -121,7 +142,7 @@ def test_the_bank_refuses_more_modes_than_there_are_estimates():
         FUNCTION.student(CFG, {"kind": "mlp"})
 
 
-@pytest.mark.parametrize(("kind", "most"), [(FilterBank, 10_000), (PilotCNN, 10_000)])
+@pytest.mark.parametrize(("kind", "most"), [(FilterBank, 10_000), (WITH_REST, 10_000), (PilotCNN, 10_000)])
 def test_students_are_small(kind, most):
     assert parameter_count(kind(CFG)) <= most
 

@@ -106,6 +106,26 @@ class FrequencyInterpolation(nn.Module):
         return (windows_BMPCt @ _block(self.filter)).unflatten(-1, (2, PER_PILOT)).transpose(2, 3).flatten(-2)
 
 
+class Rest(nn.Module):
+    """Gives back what no mode of a filter bank carries, where it stands out of the noise: late, weak paths at high SNR.
+
+    A few modes for many estimates cut off an impulse response that is longer than theirs, and that error does not fall with the
+    noise. Whether it is there shows in what they leave: noise alone has the noise's power.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.tensor([[2.0, -2.0], [2.0, -2.0]]))  # slope and offset for mean and half difference
+        self.error = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x_BMCP: Tensor, smoothed_BMCP: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """The smoothed estimates and a share of what they leave, and what it adds to the log of the error [B, 1]."""
+        left = x_BMCP - smoothed_BMCP
+        level_BM = torch.log((left * left).sum(2).mean(2) / noise + _FLOOR)
+        share_BM = torch.sigmoid(level_BM * self.gate[:, 0] + self.gate[:, 1])
+        return smoothed_BMCP + share_BM[:, :, None, None] * left, share_BM[:, :1] * self.error
+
+
 class FilterBank(Estimator):
     """The model-driven student: a learned 2x1-D Wiener filter whose experts are opened and closed by gates.
 
@@ -119,11 +139,12 @@ class FilterBank(Estimator):
         hidden: width of the two layers of the gates.
         taps: estimates that the interpolation to subcarriers looks at.
         curves: experts of the time interpolation.
+        rest: let through what no mode carries where it stands out of the noise (for many resource blocks).
     """
 
     def __init__(
         self, cfg: ChannelCorpusConfig, *, bank: Sequence[tuple[float, int]] = ((30.0, 3), (100.0, 5), (400.0, 9)),
-        hidden: int = 24, taps: int = 6, curves: int = 4,
+        hidden: int = 24, taps: int = 6, curves: int = 4, rest: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         pilots = cfg.subcarriers // PER_PILOT
@@ -142,6 +163,7 @@ class FilterBank(Estimator):
         )  # fmt: skip
         self.frequency = FrequencyInterpolation(taps, 400.0, cfg.scs_khz)
         self.time = TimeInterpolation(curves)
+        self.rest = Rest() if rest else None
 
     def filtered(self, x_BMCP: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """From scaled estimates: the filter's output [B, M, C, K], shares of the time curves, log of the error over the noise."""
@@ -152,6 +174,9 @@ class FilterBank(Estimator):
         gates, shares, log_error = self.gates(seen).split([2 * self.count, self.curves, 1], dim=1)
         weighed = z_BMCD * torch.sigmoid(gates).reshape(-1, 2, 1, self.count)
         smoothed = (weighed.flatten(-2) @ synthesis).unflatten(-1, (2, x_BMCP.shape[-1]))
+        if self.rest is not None:
+            smoothed, more = self.rest(x_BMCP, smoothed, noise)
+            log_error = log_error + more
         return self.frequency(smoothed), torch.softmax(shares, dim=1), log_error
 
     def estimate(self, ls: Tensor, noise_variance: Tensor) -> tuple[Tensor, Tensor]:
