@@ -18,6 +18,7 @@ from rankd_pipeline.orchestration.field import (
     site_of,
     telemetry_sensor,
 )
+from rankd_pipeline.orchestration.lifeline import insistent_interrupts
 from rankd_pipeline.orchestration.metadata import gates_table, step_metadata
 from rankd_pipeline.orchestration.mirrors import reconcile
 from rankd_pipeline.orchestration.resources import MlflowTracking, RankdRun
@@ -242,10 +243,13 @@ def _judged(artifact: Artifact, spec: PipelineSpec) -> dg.AssetCheckResult:
 def _clear_failures(context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext) -> Iterator[None]:
     """One clear sentence for what a user can mend; a retry only where it can help."""
     try:
-        yield
+        with insistent_interrupts():
+            yield
     except RankdError as error:
         metadata = {"exit_code": error.exit_code, "kind": type(error).__name__}
         raise dg.Failure(description=str(error), metadata=metadata, allow_retries=False) from error
+    except dg.DagsterExecutionInterruptedError as error:  # Dagster takes it for a failure like others, and would try again
+        raise dg.Failure(description="interrupted", metadata={"exit_code": 130}, allow_retries=False) from error
     except (OSError, MemoryError):
         raise
     except Exception as error:

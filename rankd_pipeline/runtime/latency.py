@@ -12,9 +12,10 @@ import math
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -310,7 +311,8 @@ class _Race:
         self.signature, self.cfg, self.work, self.on_progress = signature, cfg, work, on_progress
         self.lock = lock
         self.cases, self.case_names = cases, list(cases)
-        self.binaries: dict[str, Path | RankdError] = {}
+        self.benching = threading.Lock()
+        self.builds: dict[str, Future[Path]] = {}
         self.benches = {"": _Bench(signature, cases, work)}
         self.started = time.monotonic()
         self.pace_us = min(signature.slot_us, PACE_MAX_US)
@@ -318,15 +320,16 @@ class _Race:
 
     def bench(self, item: Candidate) -> "_Bench":
         """The samples that `item`'s student is called with."""
-        if item.model not in self.benches:
-            own = read_signature(item.path, self.signature.budget_us, self.signature.slot_us)
-            self.benches[item.model] = _Bench(own, self.cases, self.work / item.model)
-        return self.benches[item.model]
+        with self.benching:
+            if item.model not in self.benches:
+                own = read_signature(item.path, self.signature.budget_us, self.signature.slot_us)
+                self.benches[item.model] = _Bench(own, self.cases, self.work / item.model)
+            return self.benches[item.model]
 
     def run(self, candidates: list[Candidate], scores: Mapping[str, float], limit_us: float | None) -> LatencyReport:
         """Screen all, then measure the best shippable one longest."""
         built = [item for item in candidates if not item.reason]
-        self.compile(built)
+        self.compile([item for item in built if item.engine == "c"])
         results: dict[str, CandidateResult] = {}
         for number, item in enumerate(candidates):
             self.on_progress(f"{item.runtime} ({number + 1} of {len(candidates)})", number / (len(candidates) + 1))
@@ -349,23 +352,19 @@ class _Race:
         return self.report(list(results.values()), winner)
 
     def compile(self, candidates: list[Candidate]) -> None:
-        """Build the harness of every C candidate, all cores at work: before the race, which wants the host to itself."""
-        racing = [(item, item.csource) for item in candidates if item.csource is not None]
-        self.on_progress(f"compiling {len(racing)} C candidates", 0.0)
-        for item, csource in racing:
-            (self.work / f"{item.runtime}-adapter.c").write_text(_adapter(csource, self.bench(item).signature))
-
-        def build(item: Candidate, csource: CSource) -> Path | RankdError:
-            sources = [csource.source, self.work / f"{item.runtime}-adapter.c", HARNESS]
-            try:
-                compile_c(sources, self.work / item.runtime, (f"-I{csource.header.parent}",), item.native)
-            except RankdError as error:
-                return error
-            return self.work / item.runtime
-
+        """Build C candidates, all cores at work: before the race, which wants the host to itself. `builds` holds what came out."""
+        self.on_progress(f"compiling {len(candidates)} C candidates", 0.0)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            built = pool.map(lambda pair: build(*pair), racing)
-            self.binaries = {item.runtime: binary for (item, _), binary in zip(racing, built, strict=True)}
+            self.builds = {item.runtime: pool.submit(self.build, item) for item in candidates}
+
+    def build(self, item: Candidate) -> Path:
+        """The generated C of a candidate, compiled into the measuring harness."""
+        if item.csource is None:
+            raise RankdError(f"candidate {item.runtime} has no C source")
+        binary, adapter = self.work / item.runtime, self.work / f"{item.runtime}-adapter.c"
+        adapter.write_text(_adapter(item.csource, self.bench(item).signature))
+        compile_c([item.csource.source, adapter, HARNESS], binary, (f"-I{item.csource.header.parent}",), item.native)
+        return binary
 
     def report(self, results: list[CandidateResult], winner: str) -> LatencyReport:
         """The results, best tail first, judged by the winner's verdict."""
@@ -434,11 +433,8 @@ class _Race:
 
     def run_c(self, item: Candidate, runs: int, deadline_s: float) -> tuple[Arrays, Arrays]:
         """Raw times and proof of generated C, measured inside a compiled harness."""
-        if item.csource is None:
-            raise RankdError(f"candidate {item.runtime} has no C source")
-        bench, binary = self.bench(item), self.binaries[item.runtime]
-        if isinstance(binary, RankdError):
-            raise binary
+        bench, binary = self.bench(item), self.builds[item.runtime].result()
+        assert item.csource is not None  # else there is no build
         raw = self.work / f"{item.runtime}.bin"
         core = profile_script.quiet_core()
         numbers = [runs, self.cfg.back_to_back_runs, self.pace_us * 1000, deadline_s * 1000, self.cfg.burst_ms]

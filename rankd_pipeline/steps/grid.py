@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from rankd_pipeline.distillation.heads import outputs_of, parameter_count
+from rankd_pipeline.distillation.heads import parameter_count
 from rankd_pipeline.errors import RankdError
 from rankd_pipeline.evaluation.bootstrap import estimate
 from rankd_pipeline.evaluation.paired import paired_gain
@@ -27,7 +27,7 @@ from rankd_pipeline.spec import AblationColumn, PipelineSpec, StudentStep, deep_
 from rankd_pipeline.steps.chain import STEPS
 from rankd_pipeline.steps.data import labelled_inputs, present_splits, training_columns
 from rankd_pipeline.steps.runner import StepContext, run_step
-from rankd_pipeline.steps.scoring import evaluate_splits, network_predictor
+from rankd_pipeline.steps.scoring import evaluate_splits, fitted_calibration, network_predictor
 from rankd_pipeline.steps.students import load_student, student_job, write_student_data
 from rankd_pipeline.steps.teacher import WEIGHTS, load_teacher
 from rankd_pipeline.store.artifact import Artifact, Draft, Recipe, Store
@@ -82,7 +82,7 @@ class _Grid:
     ) -> None:
         self.spec, self.made, self.draft, self.note, self.workers = spec, made, draft, note, current.workers
         self.function = load_function(spec.function)
-        self.head, self.metric = self.function.head(), self.function.metric
+        self.metric = self.function.metric
         progress = Progress(None, "ablate_grid")
         self.ctx = StepContext(
             spec, STEPS["student"], self.function, made, draft, store, progress, current.workers, current.home, note
@@ -102,8 +102,9 @@ class _Grid:
         parts = [read_table(self.made["calibration_scorecard"].file("evaluation.parquet"))]
         for name, jobs in trained.items():
             self.note(f"ablate: judging {name}")
-            models = {f"{name}#{i}": network_predictor(self.ctx, load_student(self.function, job), self._calibration(job))
-                      for i, job in enumerate(jobs)}  # fmt: skip
+            students = [load_student(self.function, job) for job in jobs]
+            models = {f"{name}#{i}": network_predictor(self.ctx, student, fitted_calibration(self.ctx, student))
+                      for i, student in enumerate(students)}  # fmt: skip
             parts.append(evaluate_splits(self.ctx, self.made["corpus"], models, present_splits(self.made["corpus"]), list(models)))
         table = concat_tables(parts)
         write_table(table, self.draft.out / "evaluation.parquet")
@@ -157,10 +158,6 @@ class _Grid:
             "teacher": str(self.made["teacher"].file(WEIGHTS)), "teacher_network": self.spec.steps.teacher.network,
             "data": str(data), "out": str(out),
         }  # fmt: skip
-
-    def _calibration(self, job: Mapping[str, Any]) -> dict[str, float]:
-        _, val, label = labelled_inputs(self.function, self.made["corpus"], self.made["oracle_labels"], "val")
-        return self.head.fit_calibration(outputs_of(load_student(self.function, job), val), label)
 
     def _row(self, table: pd.DataFrame, name: str, models: Sequence[str]) -> Row:
         scores: dict[str, list[float]] = {}

@@ -58,11 +58,9 @@ class _Exported:
 def quantized_onnx(ctx: StepContext) -> None:
     """Write both ONNX files of every student candidate, their C under `c/`, `parity.json` and `evaluation.parquet`.
 
-    metrics carry gates and verdict.
-
     A candidate that misses a gate leaves the race (with `int8_optional`, one that only INT8 misses takes its INT8 out of
-    it); the step passes if one is left. metrics are those of the student step's favourite, or of the best candidate
-    left; `candidates` holds those of all.
+    it); the step passes if one is left. metrics (gates and verdict among them) are those of the student step's favourite,
+    or of the best candidate left; `candidates` holds those of all.
     """
     students = ctx.inputs["student"].metrics["candidates"]
     exported = {name: _exported(ctx, name, metrics["calibration_parameters"]) for name, metrics in students.items()}
