@@ -53,7 +53,7 @@ CHAIN: tuple[StepInfo, ...] = (
              reads=("corpus.simulation", "student.network", "student.candidates", "latency_profile.budget_us",
                     "latency_profile.generated_c", "calibration_scorecard.resamples")),
     StepInfo("latency_profile", "The race across runtimes against the budget; a gate",
-             ("corpus", "student", "quantized_onnx"), "17",
+             ("corpus", "student", "quantized_onnx"), "18",
              (), ("onnxruntime", "emx-onnx-cgen"), ("quantized_onnx",), on_host=True),
     StepInfo("deployment", "The bundle, its model card and its registered version",
              ("corpus", "audit_report", "oracle_labels", "teacher", "calibration_scorecard", "soft_labels", "student",
