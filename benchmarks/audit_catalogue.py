@@ -52,11 +52,12 @@ def report(trials: pd.DataFrame, rows: int, seconds: float) -> str:
     clean = trials[trials["fault"] == "clean"]
     planted = trials[trials["fault"] != "clean"]
     table = recall_table(trials)
+    command = f"python -m benchmarks.audit_catalogue --seeds {len(planted) // len(table)} --clean {len(clean)}"
     lines = [
         "# Audit: planted faults",
         "",
-        f"`python -m benchmarks.audit_catalogue`, {datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, "
-        f"Python {platform.python_version()}. Corpora of about {rows} rows, drawn from a pool of simulated drops.",
+        f"`{command}`, {datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}. "
+        f"Corpora of about {rows} rows, drawn from a pool of simulated drops.",
         "",
         f"- Clean corpora: {len(clean)}; with any finding: **{int(clean['found'].sum())}**; "
         f"stopped: {int(clean['stopped'].sum())}.",

@@ -17,8 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from rankd_pipeline.drift.statistics import alike, exact_bounds, mean_interval, session_table
-from rankd_pipeline.evaluation.challenge import ChallengeRules, Decision, Evidence, decide
+from rankd_pipeline.evaluation.challenge import Decision, Evidence, decide
+from rankd_pipeline.ran_functions.registry import load_function
 from rankd_pipeline.spec import PipelineSpec, load_pipeline
+from rankd_pipeline.steps.shadow_run import rules_of
 from rankd_pipeline.telemetry.roles import JUDGE, roles_of
 
 RESULTS = Path(__file__).parent / "results"
@@ -80,10 +82,7 @@ def trial(world: World, spec: PipelineSpec, seed: int) -> Decision:
         gain=gains(mean, rng)[judged], session=session[judged], general=sum(general) / 2, general_ci95=general,
         label_bias_p=bias_p(features, has_label, session, seed), failed=0, late_p=1.0, look=1,
     )  # fmt: skip
-    return decide(
-        evidence,
-        ChallengeRules(shadow.alpha, shadow.min_gain, shadow.max_forgetting, shadow.min_labelled, shadow.min_sessions),
-    )
+    return decide(evidence, rules_of(shadow, load_function(spec.function).metric, champion=0.5))
 
 
 def gains(mean: np.ndarray, rng: np.random.Generator) -> np.ndarray:

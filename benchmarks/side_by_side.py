@@ -319,7 +319,7 @@ def memory(times: int = 10, base_share: float = 0.3) -> list[Row]:
     """Peak resident memory of the whole process tree of `rankd run`, with a corpus and with ten times as large a one.
 
     One epoch of everything: how long a network trains does not change what it holds. base_share: samples of the smaller corpus over
-    those of laptop scale; 0.3 is 36,000 against 360,000 and takes a quarter of an hour, 1 the better part of an hour.
+    those of laptop scale; 0.3 is 33,000 against 330,000 and takes a quarter of an hour, 1 the better part of an hour.
     """
     import yaml
 

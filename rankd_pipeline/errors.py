@@ -1,5 +1,8 @@
 """The errors a user can cause or must hear about; each is one clear sentence and an exit code."""
 
+INTERRUPTED = 130
+"""Exit code of what was stopped by Ctrl-C or by a person in the UI, as shells have it."""
+
 
 class RankdError(Exception):
     """Bad input or an unusable environment. The message names what was found, what was expected, the next step."""

@@ -282,7 +282,8 @@ class Sensors(_Strict):
 class PipelineConfig(_Strict):
     """The `attributes` of a pipeline's defs.yaml.
 
-    steps: the configuration at `laptop` scale. scales and variants: what differs, merged over it in that order.
+    steps: the configuration at `laptop` scale. variants and scales: what differs, merged over it in that order, so that the
+    sizes of a scale hold for every variant.
     targets: what a run is held against beside its gates, after those that hold for every function. ablation: the grid of
     `rankd ablate`; a scale may change parts of it under its own key `ablation`. redistill: what
     differs in steps when a champion is re-distilled on telemetry, merged last; the corpus stays what it is.
@@ -314,9 +315,7 @@ class PipelineConfig(_Strict):
             raise RankdError(f"variant {variant!r}: unknown in pipeline {self.pipeline}; expected one of {known}.")
         over = dict(self.scales.get(scale, {}))
         grid = deep_merge(self.ablation.model_dump(), over.pop("ablation", {}))
-        merged = deep_merge(self.steps, over)
-        if variant != "default":
-            merged = deep_merge(merged, self.variants[variant])
+        merged = deep_merge(deep_merge(self.steps, self.variants.get(variant, {})), over)
         if "corpus" in self.redistill:
             raise RankdError(f"pipeline {self.pipeline}, redistill: it cannot change 'corpus'; site data join the corpus as it is.")
         if site is not None:

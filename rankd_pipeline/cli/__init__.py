@@ -13,10 +13,8 @@ from rankd_pipeline.cli.reports import ablate, report
 from rankd_pipeline.cli.runs import functions, init, plan, run, ui
 from rankd_pipeline.cli.serving import history, rollback
 from rankd_pipeline.cli.space import gc, pin, unpin
-from rankd_pipeline.errors import RankdError
+from rankd_pipeline.errors import INTERRUPTED, RankdError
 from rankd_pipeline.settings import prepare_environment
-
-INTERRUPTED = 130
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -25,7 +23,7 @@ def rankd() -> None:
     """Distil large RAN networks into small ones that fit a radio time budget.
 
     Start with `rankd run beam_management --scale smoke`. Exit codes: 0 done; 1 a step failed; 2 bad input or
-    environment; 3 stopped by a gate; 4 another rankd process holds what is needed.
+    environment; 3 stopped by a gate; 4 another rankd process holds what is needed; 130 interrupted.
     """
 
 

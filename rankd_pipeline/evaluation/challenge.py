@@ -21,7 +21,7 @@ from scipy import stats
 
 @dataclass(frozen=True)
 class ChallengeRules:
-    """See spec.ShadowStep."""
+    """As spec.ShadowStep has them, but max_forgetting in the unit of the score."""
 
     alpha: float
     min_gain: float

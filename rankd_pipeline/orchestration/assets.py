@@ -6,7 +6,7 @@ from typing import Any
 
 import dagster as dg
 
-from rankd_pipeline.errors import GateStopped, RankdError
+from rankd_pipeline.errors import INTERRUPTED, GateStopped, RankdError
 from rankd_pipeline.orchestration.field import (
     JOB_TAG,
     REDISTILL,
@@ -249,7 +249,7 @@ def _clear_failures(context: dg.AssetExecutionContext | dg.AssetCheckExecutionCo
         metadata = {"exit_code": error.exit_code, "kind": type(error).__name__}
         raise dg.Failure(description=str(error), metadata=metadata, allow_retries=False) from error
     except dg.DagsterExecutionInterruptedError as error:  # Dagster takes it for a failure like others, and would try again
-        raise dg.Failure(description="interrupted", metadata={"exit_code": 130}, allow_retries=False) from error
+        raise dg.Failure(description="interrupted", metadata={"exit_code": INTERRUPTED}, allow_retries=False) from error
     except (OSError, MemoryError):
         raise
     except Exception as error:

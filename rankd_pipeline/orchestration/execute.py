@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from filelock import FileLock, Timeout
 
-from rankd_pipeline.errors import RankdError
+from rankd_pipeline.errors import INTERRUPTED, RankdError
 from rankd_pipeline.orchestration.lifeline import die_with_parent
 from rankd_pipeline.orchestration.setup import initialise
 from rankd_pipeline.settings import TELEMETRY_OFF, Settings, prepare_environment, settings
@@ -32,7 +32,7 @@ Status = Literal["success", "stopped", "failed", "interrupted"]
 State = Literal["started", "done", "cached", "failed", "gate", "note"]
 LAUNCH_TAG = "rankd/launch"
 DISK_FULL = ("No space left on device", "database or disk is full")  # of the file system, of SQLite
-INTERRUPTED = "interrupted; what is finished is stored, run again to go on"
+INTERRUPTED_TEXT = "interrupted; what is finished is stored, run again to go on"
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def _supervise(request: _Request, current: Settings, pipeline: str, tell: Callab
                 process.wait(timeout=60)
             except (subprocess.TimeoutExpired, KeyboardInterrupt):  # a second Ctrl-C means now
                 process.kill()
-            return RunOutcome(None, "interrupted", None, INTERRUPTED, exit_code=130)
+            return RunOutcome(None, "interrupted", None, INTERRUPTED_TEXT, exit_code=INTERRUPTED)
         except BaseException:
             process.kill()
             raise
@@ -265,9 +265,10 @@ class _Watcher:
         common: dict[str, Any] = {"seconds": self._seconds, "cached": tuple(sorted(self._cached))}
         if status.value == "SUCCESS":
             return RunOutcome(run_id, "success", None, "", **common)
-        if status.value == "CANCELED" and self._failure is None:
-            return RunOutcome(run_id, "interrupted", None, INTERRUPTED, **common, exit_code=130)
-        step, message, code = self._failure or ("", f"the run ended as {status.value}", 1)
+        ended = ("", INTERRUPTED_TEXT, INTERRUPTED) if status.value == "CANCELED" else ("", f"the run ended as {status.value}", 1)
+        step, message, code = self._failure or ended
+        if code == INTERRUPTED:
+            return RunOutcome(run_id, "interrupted", None, INTERRUPTED_TEXT, **common, exit_code=code)
         return RunOutcome(run_id, "stopped" if code == 3 else "failed", step or None, message, **common, exit_code=code)
 
     def _poll(self) -> None:
@@ -338,10 +339,11 @@ def _step_name(step_key: str) -> str:
 
 def _failure_sentence(step: str, data: Any) -> tuple[str, int]:
     """What went wrong, and the exit code: the step's own sentence where it had one."""
+    from rankd_pipeline.orchestration.metadata import exit_code_of
+
     user = data.user_failure_data
     if user is not None:
-        code = user.metadata.get("exit_code") if user.metadata else None
-        return user.description or f"{step} failed", int(code.value) if code is not None else 1
+        return user.description or f"{step} failed", exit_code_of(data) or 1
     error = data.error
     if error is not None and error.cls_name == "ChildProcessCrashException":
         return f"the process of {step} was killed (memory short?), twice; what is finished is stored, run again to go on", 1

@@ -1,12 +1,14 @@
-"""One executor for CLI, UI and daemon: a process a step, forked from a server that has loaded torch."""
+"""One executor for CLI, UI and daemon: a process a step, forked from a server that has loaded torch, or one for all steps."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import dagster as dg
 
+from rankd_pipeline.errors import INTERRUPTED
 from rankd_pipeline.orchestration.field import pin_site
 from rankd_pipeline.orchestration.liveness import process_tag
+from rankd_pipeline.orchestration.metadata import exit_code_of
 
 PRELOAD = [
     "torch", "pandas", "matplotlib.figure", "mlflow", "rankd_pipeline.orchestration.forkserver", "rankd_pipeline.definitions",
@@ -17,8 +19,8 @@ PRELOAD = [
 class ChainExecutor(dg.Executor):
     """Marks the run with its process, then hands over to Dagster's own executor."""
 
-    def __init__(self, inner: dg.Executor) -> None:
-        self._inner = inner
+    def __init__(self, inner: dg.Executor, in_process: bool) -> None:
+        self._inner, self._in_process = inner, in_process
 
     @property
     def retries(self) -> Any:
@@ -34,7 +36,11 @@ class ChainExecutor(dg.Executor):
         tags = {f"rankd/{name}": str(value) for name, value in chosen.items()}
         plan_context.instance.add_run_tags(plan_context.run_id, {**tags, **process_tag()})
         pin_site(plan_context.instance, plan_context.run_id, plan_context.dagster_run.tags)
-        yield from self._inner.execute(plan_context, execution_plan)
+        for event in self._inner.execute(plan_context, execution_plan):
+            yield event
+            # A run in processes ends when all of them have; one in a single process would go on with what needs not this step.
+            if self._in_process and event.is_step_failure and exit_code_of(event.step_failure_data) == INTERRUPTED:
+                raise dg.DagsterExecutionInterruptedError
 
 
 @dg.executor(
@@ -49,10 +55,11 @@ class ChainExecutor(dg.Executor):
 def chain_executor(init_context: dg.InitExecutorContext) -> ChainExecutor:
     """One step at a time, each in a process of its own that gives its memory back."""
     retries = {"enabled": {}}
-    if init_context.executor_config.get("in_process"):
+    in_process = bool(init_context.executor_config.get("in_process"))
+    if in_process:
         definition, config = dg.in_process_executor, {"retries": retries}
     else:
         start = {"forkserver": {"preload_modules": PRELOAD}}
         definition, config = dg.multiprocess_executor, {"retries": retries, "max_concurrent": 1, "start_method": start}
     assert definition.executor_creation_fn is not None
-    return ChainExecutor(definition.executor_creation_fn(init_context._replace(executor_config=config)))
+    return ChainExecutor(definition.executor_creation_fn(init_context._replace(executor_config=config)), in_process)

@@ -42,6 +42,13 @@ def gates_table(gates: list[Mapping[str, Any]]) -> dg.TableMetadataValue:
     return dg.MetadataValue.table([dg.TableRecord(_gate_row(gate)) for gate in gates], schema=schema)
 
 
+def exit_code_of(failure: Any) -> int | None:
+    """The exit code that a step's failure (StepFailureData) was given by `rankd`, if it was."""
+    user = failure.user_failure_data
+    code = user.metadata.get("exit_code") if user is not None and user.metadata else None
+    return None if code is None else int(code.value)
+
+
 def _gate_row(gate: Mapping[str, Any]) -> dict[str, str]:
     low, high = gate.get("ci95") or (None, None)
     return {

@@ -26,6 +26,7 @@ WEIGHTS_MAX_BYTES = 4 << 20  # beyond, the C source is tens of MB; such networks
 # -std=c11 also switches floating-point contraction off: the same rounding with and without FMA units.
 PORTABLE_FLAGS = ("-std=c11", "-O3", "-Wall", "-Werror")
 NATIVE_FLAGS = (*PORTABLE_FLAGS, "-march=native")
+NO_COMPILER = "not built: no C compiler on this host"
 NAME_HERE, CHECKSUM_HERE = "rankd_model_name", "rankd_model_checksum"  # what the generator writes, to be replaced
 
 Generate = Callable[[onnx.ModelProto, str, str], str]
@@ -67,7 +68,7 @@ class CSource:
 
 @dataclass(frozen=True)
 class CForm:
-    """The C of a model, or the reason why there is none here."""
+    """The C of a model, or the reason why there is none."""
 
     source: CSource | None
     reason: str = ""
@@ -89,8 +90,6 @@ def generate_c(onnx_path: Path, out_dir: Path, name: str) -> CSource:
 
 def generate_all(models: Mapping[str, Path], out_dir: Path) -> dict[str, CForm]:
     """The C of several ONNX files by the name of their function, each as `generate_c` writes it, or why there is none."""
-    if compiler() is None:
-        return dict.fromkeys(models, CForm(None, "not built: no C compiler on this host"))
     found = {}
     with _generator() as generate:
         for name, path in models.items():
@@ -127,16 +126,19 @@ def _written(generate: Generate, onnx_path: Path, out_dir: Path, name: str) -> C
     return result
 
 
-def build_shared(csrc: CSource, out_dir: Path, native: bool = False) -> Path:
-    """Compile `csrc` into a shared library; `native` adds -march=native (a labelled option, never shipped)."""
+def build_shared(csrc: CSource, out_dir: Path) -> Path:
+    """Compile `csrc` into a shared library."""
     out_dir.mkdir(parents=True, exist_ok=True)
-    library = out_dir / f"{csrc.name}.{'native' if native else 'portable'}.so"
-    compile_c([csrc.source], library, ("-fPIC", "-shared"), native)
+    library = out_dir / f"{csrc.name}.so"
+    compile_c([csrc.source], library, ("-fPIC", "-shared"))
     return library
 
 
 def compile_c(sources: list[Path], target: Path, extra: tuple[str, ...] = (), native: bool = False) -> None:
-    """Run the C compiler on `sources`; raises RankdError without one or with its first error line."""
+    """Run the C compiler on `sources`; `native` adds -march=native (a labelled option, never shipped).
+
+    Raises RankdError without a compiler or with its first error line.
+    """
     found = compiler()
     if found is None:
         raise RankdError("No C compiler here (gcc, cc or clang); install one or use the onnxruntime candidate.")

@@ -24,7 +24,16 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from rankd_pipeline.errors import Busy, RankdError
 from rankd_pipeline.runtime import profile_script
-from rankd_pipeline.runtime.c_export import CForm, CSource, compile_c, declared_shape, generate_all, parameters
+from rankd_pipeline.runtime.c_export import (
+    NO_COMPILER,
+    CForm,
+    CSource,
+    compile_c,
+    compiler,
+    declared_shape,
+    generate_all,
+    parameters,
+)
 from rankd_pipeline.runtime.onnx_export import read_signature, verify_onnx
 from rankd_pipeline.runtime.signature import ModelSignature
 
@@ -173,7 +182,7 @@ def line_up(
 ) -> list[Candidate]:  # fmt: skip
     """The candidates this host can race: onnxruntime and portable C of each precision, OpenVINO where installed.
 
-    c_forms: the C by precision (`c_of` makes it); a precision without an entry does not race as C. `native` adds the FP32 C
+    c_forms: the C by precision; a precision without an entry does not race as C. `native` adds the FP32 C
     with -march=native as a labelled option. What cannot be built is listed with its reason. `model` goes before the
     runtimes' names where several students race.
     """
@@ -196,7 +205,7 @@ def line_up(
             "precision": precision,
             "path": path,
             "csource": form.source,
-            "reason": form.reason,
+            "reason": form.reason or ("" if compiler() else NO_COMPILER),
         }
         found.append(Candidate(runtime=f"{before}c-{precision}", **common))
         if native and precision == "fp32":
@@ -204,18 +213,6 @@ def line_up(
     if _installed("openvino"):
         found.append(Candidate(runtime=f"{before}openvino-fp32", model=model, engine="openvino", path=fp32))
     return found
-
-
-def c_of(files: Mapping[str, Path], work: Path) -> dict[str, CForm]:
-    """The C of ONNX files by precision, generated into `work` and named as the files are."""
-    names = {precision: _c_name(path, precision) for precision, path in files.items()}
-    forms = generate_all({names[precision]: path for precision, path in files.items()}, work)
-    return {precision: forms[name] for precision, name in names.items()}
-
-
-def _c_name(path: Path, precision: str) -> str:
-    """A C identifier from the file's name; any other file's C is called after its precision."""
-    return path.stem if path.stem.isidentifier() and path.stem.isascii() else f"model_{precision}"
 
 
 def mask_cases(signature: ModelSignature, samples: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
@@ -266,7 +263,6 @@ def profile_onnx(
     budget_us: float,
     runs: int = 10_000,
     slot_us: float = 500.0,
-    work: Path | None = None,
     on_progress: Callable[[str, float], None] = lambda message, fraction: None,
 ) -> LatencyReport:
     """Profile any ONNX file against `budget_us`, on random inputs: onnxruntime, and C where this host can build it."""
@@ -281,8 +277,9 @@ def profile_onnx(
         raise RankdError(f"{path}: no random inputs can be made for it: {str(error).splitlines()[0]}") from error
     samples = {spec.name: samples[spec.name].reshape(-1, *spec.shape) for spec in signature.inputs}
     with tempfile.TemporaryDirectory(prefix="rankd-profile-") as scratch:
-        folder = work or Path(scratch)
-        return profile(line_up(path, None, c_of({"fp32": path}, folder)), signature, cfg, samples, folder, on_progress)
+        folder = Path(scratch)
+        forms = {"fp32": generate_all({"model": path}, folder)["model"]}
+        return profile(line_up(path, None, forms), signature, cfg, samples, folder, on_progress)
 
 
 class _Bench:

@@ -16,9 +16,10 @@ from rankd_pipeline.evaluation.paired import paired_gain
 from rankd_pipeline.ran_functions.registry import load_function
 from rankd_pipeline.settings import Settings
 from rankd_pipeline.spec import PipelineSpec
+from rankd_pipeline.steps.chain import STEPS
 from rankd_pipeline.steps.data import TRUTH, features_of, inputs_of_rows, read_npy, split_is, write_npy
 from rankd_pipeline.steps.grid import grid
-from rankd_pipeline.steps.runner import run_step
+from rankd_pipeline.steps.runner import code_version, run_step
 from rankd_pipeline.steps.ssl_weights import WEIGHTS
 from rankd_pipeline.steps.teacher import fit_teacher
 from rankd_pipeline.store.artifact import Artifact, Recipe, Store
@@ -29,6 +30,8 @@ from rankd_pipeline.training.seeds import derive_seed
 from rankd_pipeline.training.weights import load_weights
 
 Note = Callable[[str], None]
+CODE_VERSION = "2"
+"""Of this module; what trains the teachers has that of the step."""
 SHARES, SEEDS = (0.05, 0.30, 1.00), 5
 LABELS = ("label", "has_label", "target")
 
@@ -46,8 +49,9 @@ def ssl(spec: PipelineSpec, store: Store, current: Settings, note: Note) -> dict
     if made["ssl_weights"].skipped is not None:
         raise RankdError(f"ablate ssl: there are no self-supervised weights to compare with: {made['ssl_weights'].skipped}.")
     recipe = Recipe(
-        spec.pipeline, "ablate_ssl", "1", {"teacher": spec.config_of("teacher"), "shares": SHARES, "seeds": SEEDS}, spec.scale,
-        spec.seed, spec.variant, {name: item.version for name, item in made.items()}, {},
+        spec.pipeline, "ablate_ssl", f"{CODE_VERSION}+teacher {code_version(STEPS['teacher'], spec.function)}",
+        {"teacher": spec.config_of("teacher"), "shares": SHARES, "seeds": SEEDS}, spec.scale, spec.seed, spec.variant,
+        {name: item.version for name, item in made.items()}, {},
     )  # fmt: skip
     with store.lock(f"{spec.pipeline}-ablate_ssl-{recipe.digest}", wait=note):
         artifact = store.get(spec.pipeline, "ablate_ssl", recipe.digest)

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from rankd_pipeline.evaluation.gates import best_baseline, verdict_of
 from rankd_pipeline.evaluation.table import concat_tables, write_table
@@ -23,7 +24,7 @@ from rankd_pipeline.steps.scoring import (
     calibration_of,
     end_metric_of,
     evaluate_splits,
-    fitted_calibration,
+    fitted_calibrations,
     headline,
     judge_gates,
     network_predictor,
@@ -41,13 +42,13 @@ def calibration_scorecard(ctx: StepContext) -> None:
     """Write `evaluation.parquet`, `scores.json`, figures; metrics carry calibration, gates and verdict."""
     model, head = load_teacher(ctx), ctx.function.head()
     corpus = ctx.inputs["corpus"]
-    calibration = fitted_calibration(ctx, model)
+    networks = {"teacher": model, SCRATCH: _scratch_student(ctx)}
+    calibrations = fitted_calibrations(ctx, networks)
     baselines = ctx.function.baselines(ctx.corpus_config)
     rivals = fitted_baselines(ctx, [item for item in baselines if not item.learned or item.name in ctx.config.learned_baselines])
     models: dict[str, Predictor] = {
-        "teacher": network_predictor(ctx, model, calibration),
+        **{name: network_predictor(ctx, network, calibrations[name]) for name, network in networks.items()},
         **({} if head.neutral is None else {RAW: network_predictor(ctx, model, head.neutral)}),
-        SCRATCH: _scratch_student(ctx),
         **rivals,
     }
     splits = present_splits(corpus)
@@ -63,7 +64,7 @@ def calibration_scorecard(ctx: StepContext) -> None:
     references = [item.name for item in baselines if not item.gate]
     ctx.metrics.update(_summary(ctx, table, plain, references, list(models), splits))
     ctx.metrics.update(
-        calibration_parameters=calibration,
+        calibration_parameters=calibrations["teacher"],
         gates=[gate.model_dump(mode="json") for gate in gates],
         verdict=verdict_of(gates),
         reason="; ".join(gate.sentence() for gate in gates if gate.verdict != "pass"),
@@ -87,7 +88,7 @@ def fitted_baselines(ctx: StepContext, baselines: list[Baseline]) -> dict[str, P
     return fitted
 
 
-def _scratch_student(ctx: StepContext) -> Predictor:
+def _scratch_student(ctx: StepContext) -> torch.nn.Module:
     """The (first) student network trained on the labels alone: a teacher that does not beat it has nothing to teach."""
     corpus, labels, student = ctx.inputs["corpus"], ctx.inputs["oracle_labels"], next(iter(ctx.spec.students.values()))
     _, train = training_columns(ctx.function, corpus, labels, labelled_only=True)
@@ -108,8 +109,7 @@ def _scratch_student(ctx: StepContext) -> Predictor:
     }  # fmt: skip
     ctx.progress(0, 1, "student-sized network from scratch")
     student_job(job)
-    model = load_student(ctx.function, job)
-    return network_predictor(ctx, model, fitted_calibration(ctx, model))
+    return load_student(ctx.function, job)
 
 
 def _summary(

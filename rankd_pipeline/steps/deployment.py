@@ -17,7 +17,7 @@ from rankd_pipeline.runtime.onnx_export import read_metadata, read_signature
 from rankd_pipeline.steps.calibration_scorecard import fitted_baselines
 from rankd_pipeline.steps.data import present_splits
 from rankd_pipeline.steps.promotion import SHIPPED
-from rankd_pipeline.steps.quantized_onnx import C_FOLDER, model_file
+from rankd_pipeline.steps.quantized_onnx import c_form, model_file
 from rankd_pipeline.steps.runner import StepContext
 from rankd_pipeline.steps.scoring import end_metric_of, evaluate_splits, headline, judge_gates, score_table
 from rankd_pipeline.steps.summary import figures_of, summarise, tables_of
@@ -34,7 +34,9 @@ def deployment(ctx: StepContext) -> None:
     model = files.file(model_file(race.metrics["candidate"], race.metrics["precision"]))
     content = {MODEL: model}
     if race.metrics["engine"] == "c":
-        content |= {path.name: path for path in sorted((files.path / C_FOLDER).glob(f"{model.stem}.[ch]"))}
+        source = c_form(files, race.metrics["candidate"], race.metrics["precision"]).source
+        assert source is not None  # it was raced
+        content |= {path.name: path for path in (source.source, source.header)}
     lineage = ctx.scratch / "lineage.json"
     lineage.write_text(json.dumps(write_lineage(ctx.inputs, ctx.store), indent=1, sort_keys=True) + "\n")
     content["lineage.json"] = lineage

@@ -26,8 +26,8 @@ from rankd_pipeline.settings import Settings
 from rankd_pipeline.spec import AblationColumn, PipelineSpec, StudentStep, deep_merge, validated
 from rankd_pipeline.steps.chain import STEPS
 from rankd_pipeline.steps.data import labelled_inputs, present_splits, training_columns
-from rankd_pipeline.steps.runner import StepContext, run_step
-from rankd_pipeline.steps.scoring import evaluate_splits, fitted_calibration, network_predictor
+from rankd_pipeline.steps.runner import StepContext, code_version, run_step
+from rankd_pipeline.steps.scoring import evaluate_splits, fitted_calibrations, network_predictor
 from rankd_pipeline.steps.students import load_student, student_job, write_student_data
 from rankd_pipeline.steps.teacher import WEIGHTS, load_teacher
 from rankd_pipeline.store.artifact import Artifact, Draft, Recipe, Store
@@ -35,6 +35,8 @@ from rankd_pipeline.training.parallel import map_processes
 from rankd_pipeline.training.seeds import derive_seed
 
 Note = Callable[[str], None]
+CODE_VERSION = "2"
+"""Of this module; what trains and judges the students has that of the step."""
 MADE = ("corpus", "audit_report", "ssl_weights", "oracle_labels", "teacher", "calibration_scorecard")
 TIMED_CALLS = 300
 
@@ -52,7 +54,7 @@ def grid(spec: PipelineSpec, store: Store, current: Settings, note: Note) -> dic
         note(f"ablate: {step}")
         made[step] = run_step(step, spec, store, current)
     recipe = Recipe(
-        spec.pipeline, "ablate_grid", "1",
+        spec.pipeline, "ablate_grid", f"{CODE_VERSION}+student {code_version(STEPS['student'], spec.function)}",
         {"ablation": spec.ablation.model_dump(mode="json"), "student": spec.config_of("student", STEPS["student"].reads)},
         spec.scale, spec.seed, spec.variant, {name: item.version for name, item in made.items()}, {},
     )  # fmt: skip
@@ -102,9 +104,9 @@ class _Grid:
         parts = [read_table(self.made["calibration_scorecard"].file("evaluation.parquet"))]
         for name, jobs in trained.items():
             self.note(f"ablate: judging {name}")
-            students = [load_student(self.function, job) for job in jobs]
-            models = {f"{name}#{i}": network_predictor(self.ctx, student, fitted_calibration(self.ctx, student))
-                      for i, student in enumerate(students)}  # fmt: skip
+            students = {f"{name}#{i}": load_student(self.function, job) for i, job in enumerate(jobs)}
+            calibrations = fitted_calibrations(self.ctx, students)
+            models = {key: network_predictor(self.ctx, student, calibrations[key]) for key, student in students.items()}
             parts.append(evaluate_splits(self.ctx, self.made["corpus"], models, present_splits(self.made["corpus"]), list(models)))
         table = concat_tables(parts)
         write_table(table, self.draft.out / "evaluation.parquet")

@@ -102,6 +102,8 @@ def _libraries(ctx: StepContext, files: dict[str, Path]) -> dict[str, tuple[Path
     if not ctx.spec.steps.latency_profile.generated_c:
         return dict.fromkeys(files, (None, "switched off (steps.latency_profile.generated_c)"))
     forms = c_export.generate_all(files, ctx.out / C_FOLDER)
+    if c_export.compiler() is None:
+        return {name: (None, form.reason or c_export.NO_COMPILER) for name, form in forms.items()}
     sources = [form.source for form in forms.values() if form.source is not None]
     with ThreadPoolExecutor(ctx.workers) as pool:
         built = dict(zip((source.name for source in sources), pool.map(partial(c_export.build_shared, out_dir=ctx.scratch / "lib"),

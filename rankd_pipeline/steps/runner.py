@@ -88,15 +88,20 @@ def host_id() -> str:
     return f"{model or platform.machine()} x{os.cpu_count()}"
 
 
+def code_version(info: StepInfo, function: str) -> str:
+    """The version of a step's code together with those of the function's modules that shape it."""
+    versions = load_function(function).code_versions
+    return "+".join([info.code_version, *(f"{facet}={versions.get(facet, '0')}" for facet in info.facets)])
+
+
 def recipe_of(step: str, spec: PipelineSpec, inputs: Mapping[str, Artifact], given: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe of `step` under `spec` with these inputs; `given` is what a field step is given beside them, as JSON."""
-    info, function = INFO[step], load_function(spec.function)
+    info = INFO[step]
     site = {"site": _site_config(spec)} if spec.site is not None and step == "corpus" else {}
-    facets = [f"{facet}={function.code_versions.get(facet, '0')}" for facet in info.facets]
     return Recipe(
         pipeline=spec.pipeline,
         step=step,
-        code_version="+".join([info.code_version, *facets]),
+        code_version=code_version(info, spec.function),
         config={**spec.config_of(step, info.reads), **site, **({"given": dict(given)} if given else {})},
         scale=spec.scale,
         seed=spec.seed,

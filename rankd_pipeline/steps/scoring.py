@@ -24,14 +24,16 @@ def network_predictor(ctx: StepContext, module: torch.nn.Module, calibration: Ca
     return ctx.function.network_predictor(module, calibration)
 
 
-def fitted_calibration(ctx: StepContext, module: torch.nn.Module) -> dict[str, float]:
-    """The calibration of a network, fitted on the labelled validation rows."""
+def fitted_calibrations(ctx: StepContext, modules: Mapping[str, torch.nn.Module]) -> dict[str, Calibration]:
+    """The calibration of each network, fitted on the labelled validation rows."""
     columns = list(dict.fromkeys([*ctx.function.feature_columns, *ctx.function.evaluation_columns[0]]))
     features = features_of(ctx.inputs["corpus"], columns, split_is("val"))
     if ctx.function.self_labelled:
-        return ctx.function.fit_calibration(module, features, ctx.function.own_labels(features))
-    label, has = labels_for(ctx.inputs["oracle_labels"], features["sample_id"])
-    return ctx.function.fit_calibration(module, {name: values[has] for name, values in features.items()}, label[has])
+        label = ctx.function.own_labels(features)
+    else:
+        label, has = labels_for(ctx.inputs["oracle_labels"], features["sample_id"])
+        features, label = {name: values[has] for name, values in features.items()}, label[has]
+    return {name: ctx.function.fit_calibration(module, features, label) for name, module in modules.items()}
 
 
 def with_own_measurements(baselines: Sequence[Baseline], features: Arrays, truth: Arrays) -> dict[str, np.ndarray]:

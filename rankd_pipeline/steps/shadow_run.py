@@ -11,9 +11,10 @@ from rankd_pipeline.drift.statistics import above_budget, alike, session_table
 from rankd_pipeline.evaluation.bootstrap import Estimate, estimate
 from rankd_pipeline.evaluation.challenge import ChallengeRules, Evidence, decide
 from rankd_pipeline.evaluation.table import write_table
-from rankd_pipeline.ran_functions.contract import Predictor
+from rankd_pipeline.ran_functions.contract import Metric, Predictor
 from rankd_pipeline.runtime.bundle import Predictor as Bundle
 from rankd_pipeline.runtime.bundle import load_bundle
+from rankd_pipeline.spec import ShadowStep
 from rankd_pipeline.steps.data import present_splits
 from rankd_pipeline.steps.runner import StepContext
 from rankd_pipeline.steps.scoring import evaluate_splits, score_of
@@ -53,9 +54,7 @@ def shadow_run(ctx: StepContext) -> None:
         general_ci95=general.ci95, label_bias_p=_label_bias(ctx, columns, schema), failed=_unfinite(delivered[CHALLENGER]),
         late_p=above_budget(late, ctx.spec.steps.latency_profile.budget_us), look=ctx.given["look"],
     )  # fmt: skip
-    config, may_lose = ctx.config, ctx.function.metric.difference(ctx.config.max_forgetting, champion)
-    rules = ChallengeRules(config.alpha, config.min_gain, may_lose, config.min_labelled, config.min_sessions)
-    decision = decide(evidence, rules)
+    decision = decide(evidence, rules_of(ctx.config, ctx.function.metric, champion))
     ctx.write_json("decision.json", asdict(decision))
     ctx.metrics.update(
         promote=decision.promote, reason=decision.reason, look=ctx.given["look"], rows=len(columns["time_s"]),
@@ -66,6 +65,12 @@ def shadow_run(ctx: StepContext) -> None:
     )  # fmt: skip
     # Times are of this host and this moment; the decision reads only whether the budget is broken beyond chance.
     ctx.observed["call_p999_us"] = float(np.quantile(late, 0.999))
+
+
+def rules_of(config: ShadowStep, metric: Metric, champion: float) -> ChallengeRules:
+    """The rules of the YAML, against a champion of this score."""
+    may_lose = metric.difference(config.max_forgetting, champion)
+    return ChallengeRules(config.alpha, config.min_gain, may_lose, config.min_labelled, config.min_sessions)
 
 
 def _predictor(ctx: StepContext, bundle: Bundle) -> Predictor:

@@ -19,7 +19,7 @@ from rankd_pipeline.steps.runner import StepContext
 from rankd_pipeline.steps.scoring import (
     calibration_of,
     evaluate_splits,
-    fitted_calibration,
+    fitted_calibrations,
     headline,
     network_predictor,
     score_table,
@@ -70,12 +70,13 @@ def student(ctx: StepContext) -> None:
     with Workers(ctx.workers) as workers:
         compared = _trained(ctx, workers)
         models = {item.name: load_student(ctx.function, item.chosen) for item in compared}
-        calibrations = {name: fitted_calibration(ctx, model) for name, model in models.items()}
+        calibrations = fitted_calibrations(ctx, models)
         scores = _seed_scores(ctx, workers, compared, calibrations)
     made = {item.name: _published(ctx, item, models[item.name], calibrations[item.name], scores) for item in compared}
     best = max(compared, key=lambda item: item.validation[item.arm]).name
     ctx.metrics.update(made[best][0], candidate=best, candidates={name: metrics for name, (metrics, _) in made.items()})
     ctx.write_json("scores.json", [row for _, rows in made.values() for row in rows])
+    _draw_networks(ctx, models)
 
 
 def _trained(ctx: StepContext, workers: Workers) -> list[_Compared]:
@@ -196,7 +197,10 @@ def _published(
     taught = max(item.of("distilled"), key=lambda job: job["validation_score"])
     if taught["distillation"]:
         metrics["distillation"] = {**taught["distillation"], "history": taught["history"]}
-    _draw(ctx, name, model, metrics, chosen["history"])
+    folder = ctx.out / "figures"
+    folder.mkdir(exist_ok=True)
+    for title, picture in figures.student_figures(metrics, chosen["history"], metrics["temperature"]).items():
+        (folder / f"{_prefix(ctx, name)}{title}.png").write_bytes(picture)
     return metrics, score_table(ctx, table, [name], splits)
 
 
@@ -218,17 +222,18 @@ def _gains(ctx: StepContext, item: _Compared, found: Mapping[str, float]) -> dic
     }
 
 
-def _draw(ctx: StepContext, name: str, model: torch.nn.Module, metrics: dict[str, Any], history: list[dict[str, Any]]) -> None:
-    folder = ctx.out / "figures"
-    folder.mkdir(exist_ok=True)
-    prefix = "" if len(ctx.spec.students) == 1 else f"{name}_"
-    for title, picture in figures.student_figures(metrics, history, metrics["temperature"]).items():
-        (folder / f"{prefix}{title}.png").write_bytes(picture)
+def _draw_networks(ctx: StepContext, models: Mapping[str, torch.nn.Module]) -> None:
+    """What the function has to show of each student beside the teacher."""
     features = features_of(ctx.inputs["corpus"], ctx.function.feature_columns, split_is("test"))
-    few = {column: values[:4] for column, values in features.items()}
-    networks = {"teacher": load_teacher(ctx), "student": model}
-    for title, picture in ctx.function.network_figures(networks, few):
-        (folder / f"{prefix}{title}.png").write_bytes(picture)
+    few, teacher = {column: values[:4] for column, values in features.items()}, load_teacher(ctx)
+    for name, model in models.items():
+        for title, picture in ctx.function.network_figures({"teacher": teacher, "student": model}, few):
+            (ctx.out / "figures" / f"{_prefix(ctx, name)}{title}.png").write_bytes(picture)
+
+
+def _prefix(ctx: StepContext, name: str) -> str:
+    """What goes before the names of a candidate's figures, where there are several candidates."""
+    return "" if len(ctx.spec.students) == 1 else f"{name}_"
 
 
 def _summary(ctx: StepContext, name: str, table: pd.DataFrame) -> dict[str, Any]:

@@ -136,6 +136,8 @@ def test_both_sizes_of_allocation_are_in_the_yaml():
     assert blocks == {"default": 4, "prb24": 24}
     limits = {name: (spec.steps.latency_profile.budget_us, spec.steps.latency_profile.limit_us) for name, spec in sizes.items()}
     assert limits == {"default": (100.0, 20.0), "prb24": (100.0, 100.0)}
+    small, usual = (config.at("smoke", variant=name).steps.corpus.simulation for name in ("prb24", "default"))
+    assert small == {**usual, "resource_blocks": 24}  # a variant at smoke scale is as small as the scale
     for spec in sizes.values():
         for name, student in spec.students.items():
             model = FUNCTION.student(FUNCTION.corpus_config(spec.steps.corpus.simulation), student.network)

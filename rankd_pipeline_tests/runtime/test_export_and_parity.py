@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from rankd_pipeline.errors import RankdError
 from rankd_pipeline.runtime import parity as bounds
-from rankd_pipeline.runtime.c_export import CForm, CModel, build_shared, compiler, generate_all, generate_c
+from rankd_pipeline.runtime.c_export import CModel, build_shared, compiler, generate_all, generate_c
+from rankd_pipeline.runtime.latency import line_up
 from rankd_pipeline.runtime.onnx_export import (
     IR_VERSION_MAX,
     export_onnx,
@@ -149,16 +150,18 @@ def test_one_generator_writes_each_of_several_models_as_if_it_were_alone(mlp_toy
 
 
 def test_no_compiler_and_too_large_are_said_not_raised(mlp_toy, tmp_path, monkeypatch):
-    """What cannot be built as C is listed with its reason."""
+    """What cannot be built as C is listed with its reason; C is written where none can compile it, for hosts that can."""
+    monkeypatch.setattr("rankd_pipeline.runtime.c_export.shutil.which", lambda name: None)
+    form = generate_all({"model": mlp_toy.fp32}, tmp_path)["model"]
+    assert form.source is not None and form.source.source.is_file()
+    reasons = {item.runtime: item.reason for item in line_up(mlp_toy.fp32, None, {"fp32": form})}
+    assert reasons["c-fp32"] == "not built: no C compiler on this host" and reasons["onnxruntime-fp32"] == ""
     monkeypatch.setattr("rankd_pipeline.runtime.c_export.WEIGHTS_MAX_BYTES", 1000)
-    if compiler():
-        form = generate_all({"model": mlp_toy.fp32}, tmp_path)["model"]
-        assert form.source is None
-        assert "too much for C" in form.reason
+    form = generate_all({"model": mlp_toy.fp32}, tmp_path)["model"]
+    assert form.source is None
+    assert "too much for C" in form.reason
     with pytest.raises(RankdError, match="too much"):
         generate_c(mlp_toy.fp32, tmp_path, "model")
-    monkeypatch.setattr("rankd_pipeline.runtime.c_export.shutil.which", lambda name: None)
-    assert generate_all({"model": mlp_toy.fp32}, tmp_path) == {"model": CForm(None, "not built: no C compiler on this host")}
 
 
 @pytest.mark.parametrize("content", [b"", b"hello, I am a text file\n", b"\x08\x0a", b"PK\x03\x04" * 30])

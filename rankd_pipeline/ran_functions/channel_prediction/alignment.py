@@ -48,8 +48,7 @@ class Turn:
 
     def into(self, patches_BLE: Tensor) -> Tensor:
         """Patches [B, L, E] in the frame in which samples are alike."""
-        planes = planes_of(patches_BLE)
-        return patches_of(_times(planes * self.cos_B1Ln - planes.flip(1) * self.sin_B2Ln, self.into_B22))
+        return patches_of(_times(_rotated(planes_of(patches_BLE), self.cos_B1Ln, self.sin_B2Ln), self.into_B22))
 
     def back(self, patches_BLE: Tensor) -> Tensor:
         """The inverse of `into`."""
@@ -69,12 +68,11 @@ class Turn:
 class Aligned:
     """A sample in the frame of its turn.
 
-    patches_BLE: the visible patches, then for each wanted one what the run says of it; at_BL3: their places. run_B2Mn: the
-    run as planes. turn: that of the wanted patches.
+    patches_BLE: the visible patches, then for each wanted one what the run says of it. run_B2Mn: the run as planes. turn: that
+    of the wanted patches.
     """
 
     patches_BLE: Tensor
-    at_BL3: Tensor
     run_B2Mn: Tensor
     turn: Turn
 
@@ -97,7 +95,7 @@ def aligned(patches_BVE: Tensor, visible_at: Tensor, wanted_at: Tensor, noise: T
     planes, turn = _turned(torch.cat([planes, run], dim=2), at, products, seen)
     visible, run = planes[:, :, :seen], planes[:, :, seen:]
     run = torch.where(moves[:, None], run, near_BMV[:, None] @ visible)
-    return Aligned(patches_of(torch.cat([visible, run], dim=2)), at, run, turn.behind(seen))
+    return Aligned(patches_of(torch.cat([visible, run], dim=2)), run, turn.behind(seen))
 
 
 def _turned(planes_B2Ln: Tensor, at: Tensor, products: Tensor, seen: int) -> tuple[Tensor, Turn]:
@@ -111,7 +109,7 @@ def _turned(planes_B2Ln: Tensor, at: Tensor, products: Tensor, seen: int) -> tup
     of_patch = torch.sin(to_patch + quarters[:2])  # cos, sin
     of_entry = torch.sin(within + quarters[2:, None])  # for the cosine of the sum, its sine with minus, its sine
     cos, sin = (of_patch[:, None] @ of_entry.unflatten(1, (3, 2))).float().split([1, 2], dim=1)
-    turned = planes_B2Ln * cos - planes_B2Ln.flip(1) * sin
+    turned = _rotated(planes_B2Ln, cos, sin)
     total = turned[:, :, :seen].double().sum(dim=(2, 3))
     unit = total / torch.sqrt((total * total).sum(dim=-1, keepdim=True)).clamp_min(1e-9)
     level = torch.sqrt(power).clamp_min(1e-6)[..., None]
@@ -126,6 +124,11 @@ def _steps_and_power(products: Tensor, seen: int) -> tuple[Tensor, Tensor]:
     # Onnxruntime has no arctangent in double precision; any step near the mean will do, as long as it is undone exactly.
     steps = torch.atan2(*(found[..., i].float() for i in (1, 0)))
     return steps.to(products.dtype), found[:, 0, 2:] / (seen * PATCH**3)
+
+
+def _rotated(planes_B2Ln: Tensor, cos_B1Ln: Tensor, sin_B2Ln: Tensor) -> Tensor:
+    """Every entry against the phase that its place has in `Turn`."""
+    return planes_B2Ln * cos_B1Ln - planes_B2Ln.flip(1) * sin_B2Ln
 
 
 def _times(planes_B2Ln: Tensor, factor_B22: Tensor) -> Tensor:

@@ -126,8 +126,8 @@ class MaskedChannelTransformer(nn.Module):
     def _predict(self, patches: Tensor, visible_at: Tensor, wanted_at: Tensor, found: dict[str, Any] | None) -> Tensor:
         seen, wanted = visible_at.shape[1], wanted_at.shape[1]
         own = aligned(patches, visible_at, wanted_at, NOISE * torch.exp(self.noise)) if self.align else None
-        at = torch.cat([visible_at, wanted_at], dim=1) if own is None else own.at_BL3
-        embedded, place = self.embed(patches if own is None else own.patches_BLE), self.place(at)
+        embedded = self.embed(patches if own is None else own.patches_BLE)
+        place = self.place(torch.cat([visible_at, wanted_at], dim=1))
         x_BVD = self._through("encoder", embedded[:, :seen] + place[:, :seen], found)
         x_BVD = self.decoder_embed(self.encoder_norm(x_BVD))
         hidden = self.mask_token.to(x_BVD.dtype).expand(x_BVD.shape[0], wanted, -1)
