@@ -35,7 +35,7 @@ from rankd_pipeline.training.parallel import map_processes
 from rankd_pipeline.training.seeds import derive_seed
 
 Note = Callable[[str], None]
-CODE_VERSION = "2"
+CODE_VERSION = "3"
 """Of this module; what trains and judges the students has that of the step."""
 MADE = ("corpus", "audit_report", "ssl_weights", "oracle_labels", "teacher", "calibration_scorecard")
 TIMED_CALLS = 300
@@ -100,8 +100,9 @@ class _Grid:
 
     def run(self) -> None:
         """Write `tables.json`, `evaluation.parquet` (every arm and seed) and `trainings.json`."""
-        trained = self._train()
         parts = [read_table(self.made["calibration_scorecard"].file("evaluation.parquet"))]
+        self._check_tables({str(model) for model in parts[0]["model"].unique()})
+        trained = self._train()
         for name, jobs in trained.items():
             self.note(f"ablate: judging {name}")
             students = {f"{name}#{i}": load_student(self.function, job) for i, job in enumerate(jobs)}
@@ -121,6 +122,16 @@ class _Grid:
         self._write("tables.json", {"title": about, "tables": tables, "seeds": self.spec.ablation.seeds}, volatile=True)
         kept = ("name", "arm", "seed", "validation_loss", "validation_score", "best_epoch", "distillation")
         self._write("trainings.json", {name: [{key: job[key] for key in kept} for job in jobs] for name, jobs in trained.items()})
+
+    def _check_tables(self, scored: set[str]) -> None:
+        """Before any training: every name in the tables is an arm or a model that the scorecard has judged."""
+        known = [*self.arms, *sorted(scored)]
+        for title, chosen in self.spec.ablation.tables.items():
+            absent = [name for name in chosen if name not in known]
+            if absent:
+                raise RankdError(
+                    f"ablation.tables.{title}: {absent[0]!r} is neither an arm nor a model of the scorecard ({', '.join(known)})."
+                )
 
     def _write(self, name: str, value: Any, volatile: bool = False) -> None:
         (self.draft.out / name).write_text(json.dumps(value, indent=1) + "\n")  # columns in the order of the YAML
@@ -177,11 +188,6 @@ class _Grid:
         )  # fmt: skip
 
     def _scores(self, title: str, chosen: Sequence[str], rows: Mapping[str, Row]) -> dict[str, Any]:
-        absent = [name for name in chosen if name not in rows]
-        if absent:
-            raise RankdError(
-                f"ablation.tables.{title}: {absent[0]!r} is neither an arm nor a model of the scorecard ({', '.join(rows)})."
-            )
         found = [{"model": name, **{column: _text(rows[name], column) for column in self.spec.ablation.columns}} for name in chosen]
         return {"title": title, "rows": found}
 

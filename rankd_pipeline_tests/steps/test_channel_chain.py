@@ -115,6 +115,26 @@ def test_the_report_has_the_pictures_that_the_function_draws(made):
             assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size < 300_000
 
 
+def test_a_grid_is_refused_before_it_trains_if_its_tables_name_what_nobody_judged(made):
+    current, spec, _ = made
+    told = []
+    wrong = spec.model_copy(update={"ablation": spec.ablation.model_copy(update={"tables": {"I": ("mcakd", "transformer")}})})
+    with pytest.raises(RankdError, match="ablation.tables.I: 'transformer' is neither an arm nor a model of the scorecard"):
+        grid(wrong, open_store(current), current, told.append)
+    assert not any("validation score" in text for text in told)
+
+
+def test_the_tables_of_the_yaml_name_arms_and_models_that_the_scorecard_judges(made):
+    _, spec, artifacts = made
+    judged = set(read_table(artifacts["calibration_scorecard"].file("evaluation.parquet"))["model"].astype(str))
+    for names in spec.ablation.tables.values():
+        assert set(names) <= set(spec.ablation.arms) | judged
+    larger = load_pipeline("channel_prediction").at("laptop")
+    more = judged | set(larger.steps.calibration_scorecard.learned_baselines)
+    for names in larger.ablation.tables.values():
+        assert set(names) <= set(larger.ablation.arms) | more
+
+
 def test_a_grid_that_was_stopped_goes_on_and_writes_the_papers_tables(made):
     current, spec, _ = made
     arms = {name: spec.ablation.arms[name] for name in ("mcakd", "no_kd", "lmkd", "without_alpl", "version_3")}
