@@ -78,7 +78,8 @@ def redistill(function: str) -> int:
     with watched(config.pipeline, (*STEPS, "shadow_run"), current.progress_dir) as watch:
         outcome = execute_chain(function, spec.scale, spec.seed, spec.variant, current, watch=watch, site=site)
     if outcome.status != "success":
-        click.echo(f"rankd: re-distillation {outcome.status} at {outcome.failed_step}: {outcome.message}", err=True)
+        at = f" at {outcome.failed_step}" if outcome.failed_step else ""
+        click.echo(f"rankd: re-distillation {outcome.status}{at}: {outcome.message}", err=True)
         return outcome.exit_code or 1
     last = open_ledger(current, config.pipeline).entries()[-1]
     click.echo(f"v{last.version}: {last.event}, {last.reason}")

@@ -32,7 +32,7 @@ Status = Literal["success", "stopped", "failed", "interrupted"]
 State = Literal["started", "done", "cached", "failed", "gate", "note"]
 LAUNCH_TAG = "rankd/launch"
 DISK_FULL = ("No space left on device", "database or disk is full")  # of the file system, of SQLite
-INTERRUPTED_TEXT = "interrupted; what is finished is stored, run again to go on"
+INTERRUPTED_TEXT = "what is finished is stored, run again to go on"
 
 
 @dataclass(frozen=True)
