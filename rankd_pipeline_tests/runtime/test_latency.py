@@ -39,7 +39,6 @@ def call_times(median_us: float, tail_us: float, share: float, count: int = 10_0
 
 CALM = summarise(call_times(5, 6, 0.01))
 NOISY = summarise(call_times(5, 400, 0.01))
-UNSURE = summarise(call_times(5, 400, 0.0009))  # its p99.9 is 5 us, and may be 400
 
 
 @pytest.mark.parametrize(
@@ -51,7 +50,6 @@ UNSURE = summarise(call_times(5, 400, 0.0009))  # its p99.9 is 5 us, and may be 
         (call_times(150, 160, 0.01), NOISY, "fail", "median"),
         (call_times(5, 300, 0.01), CALM, "fail", "at least"),
         (call_times(5, 300, 0.01), NOISY, "inconclusive", "host alone adds"),
-        (call_times(5, 300, 0.01), UNSURE, "inconclusive", "host alone adds"),
         (call_times(5, 300, 0.001), CALM, "inconclusive", "interval"),
         (call_times(5, 6, 0.01, count=300), CALM, "inconclusive", "too few"),
         (call_times(5, 900, 0.01), NOISY, "fail", "the host adds"),
