@@ -236,9 +236,13 @@ class AblationColumn(_Strict):
 
 
 class Ablation(_Strict):
-    """The grid of `rankd ablate`: arms over paired seeds. tables: title -> arms and models of the scorecard, in order."""
+    """The grid of `rankd ablate`: arms over paired seeds. student: what differs from steps.student in all of them.
+
+    tables: title -> arms and models of the scorecard, in order.
+    """
 
     seeds: int = Field(default=5, ge=2)
+    student: dict[str, Any] = {}
     reference: str = ""
     arms: dict[str, AblationArm] = {}
     columns: dict[str, AblationColumn] = {}

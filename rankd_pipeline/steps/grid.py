@@ -92,7 +92,7 @@ class _Grid:
         self.arms = {
             name: validated(
                 StudentStep,
-                deep_merge(spec.steps.student.model_dump(), arm.student),
+                deep_merge(deep_merge(spec.steps.student.model_dump(), spec.ablation.student), arm.student),
                 f"pipeline {spec.pipeline}, ablation.arms.{name}",
             )
             for name, arm in spec.ablation.arms.items()

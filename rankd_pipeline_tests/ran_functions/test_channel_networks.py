@@ -18,6 +18,7 @@ from rankd_pipeline.ran_functions.channel_prediction.runs import (
     LINES,
     LOADING,
     RUNS,
+    bounded,
     cleaned,
     continued,
     lines_of,
@@ -169,9 +170,32 @@ def test_a_lone_path_is_the_same_to_every_aligned_network():
     assert np.allclose(turn.into(turn.back(seen)).numpy(), seen.numpy(), atol=1e-4)
 
 
+def test_a_path_that_changes_its_sign_from_entry_to_entry_is_turned_too():
+    """Half a turn a step is where an arctangent has its jump; the mean product is real and negative, or nearly so."""
+    t, a, k = np.ogrid[:8, :4, :16]
+    sign = ((-1.0) ** (t + k) + 0 * a).astype(np.complex64)
+    h = np.stack([sign, sign * np.exp(1e-4j * (t - k)), sign * np.exp(-1e-4j * (t + k))]).astype(np.complex64)
+    inputs = asked(h, "time")
+    own = aligned(inputs["visible_patches"], inputs["visible_at"], inputs["visible_at"], 0.01)
+    seen = own.patches_BLE[:, : inputs["visible_at"].shape[1]].numpy()
+    assert np.allclose(np.ascontiguousarray(seen).view(np.complex64), 1.0, atol=1e-4)
+
+
+def test_nothing_gets_larger_than_what_was_seen_and_keeps_its_phase():
+    torch.manual_seed(0)
+    patches = torch.cat([torch.randn(3, 2, 128), 5.0 * torch.randn(3, 2, 128)], dim=1)
+    found = patches_of(bounded(planes_of(patches), 2))
+    before, after = (np.ascontiguousarray(x.numpy()).view(np.complex64) for x in (patches, found))
+    largest = np.abs(before[:, :2]).max(axis=(1, 2), keepdims=True)
+    assert np.array_equal(after[:, :2], before[:, :2]) and (np.abs(before) > largest).any()
+    assert np.allclose(np.abs(after), np.minimum(np.abs(before), largest), rtol=1e-5)
+    assert np.allclose(after / np.abs(after), before / np.abs(before), atol=1e-5)
+
+
 def both_lines(patches):
     """Lines along time and along frequency, as the runs take them."""
-    return lines_of(patches)[:, list(RUNS)].unflatten(2, (-1, LINES))
+    lines = lines_of(patches)
+    return torch.cat([lines[axis].unflatten(2, (-1, LINES)).flatten(3) for axis in RUNS], dim=1)
 
 
 def noisy_paths(rng, noise=0.01):
@@ -227,8 +251,7 @@ def test_three_paths_are_continued(task):
     at = torch.as_tensor(coordinates((4, 1, 4))).float().expand(2, -1, -1)
     patches = torch.from_numpy(patchify(h.astype(np.complex64)))
     seen = at[0, :, 0 if task == "time" else 2] < 2
-    found, moves, _ = continued(planes_of(patches[:, seen]), at[:, seen], at[:, ~seen], both_lines(patches[:, seen]), ridge=1e-6)
-    found = patches_of(found)
+    found, moves, _ = continued(at[:, seen], at[:, ~seen], both_lines(patches[:, seen]), ridge=1e-6)
     assert moves.all()
     found, true, known = (np.ascontiguousarray(x.numpy()).view(np.complex64) for x in (found, patches[:, ~seen], patches[:, seen]))
     bounded = np.abs(true) <= np.abs(known).max(axis=(1, 2), keepdims=True)
@@ -238,7 +261,7 @@ def test_three_paths_are_continued(task):
 def test_where_no_pair_of_patches_leads_the_nearest_is_repeated():
     patches, at = torch.randn(1, 2, 128), torch.tensor([[[0.0, 0.0, 0.0], [0.0, 0.0, 3.0]]])
     wanted = torch.tensor([[[1.0, 0.0, 0.0], [0.0, 0.0, 2.0], [0.0, 1.0, 0.0]]])
-    _, moves, near = continued(planes_of(patches), at, wanted, both_lines(patches))
+    _, moves, near = continued(at, wanted, both_lines(patches))
     assert not moves.any() and torch.equal(near @ patches, patches[:, [0, 1, 0]])
     own = aligned(patches, at, wanted, 0.01)
     found = own.patches_BLE

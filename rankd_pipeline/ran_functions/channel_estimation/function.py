@@ -42,7 +42,7 @@ class ChannelEstimation(RanFunction):
         Metric("block_error", "dB", higher_is_better=False, is_rate=False, aggregate="crossing(0.1,snr_db)"),
     )
     gap_baseline = "ls_linear"
-    code_versions = {"simulate": "4", "labels": "5", "networks": "5", "baselines": "4", "metrics": "3"}
+    code_versions = {"simulate": "4", "labels": "6", "networks": "6", "baselines": "4", "metrics": "3"}
 
     def corpus_config(self, raw: Mapping[str, Any]) -> ChannelCorpusConfig:
         return validated(ChannelCorpusConfig, dict(raw), "steps.corpus.simulation")

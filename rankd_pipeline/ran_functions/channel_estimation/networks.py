@@ -227,9 +227,10 @@ class UNet(Estimator):
     def __init__(
         self, cfg: ChannelCorpusConfig, *, width: int = 48, blocks: int = 2, dropout: float = 0.1,
         bank: Sequence[tuple[float, int]] = ((30.0, 4), (100.0, 6), (400.0, 10)), hidden: int = 96, taps: int = 8,
+        rest: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.bank = FilterBank(cfg, bank=bank, hidden=hidden, taps=taps, curves=6)
+        self.bank = FilterBank(cfg, bank=bank, hidden=hidden, taps=taps, curves=6, rest=rest)
         pilots = cfg.subcarriers // PER_PILOT
         if pilots % 2:
             raise RankdError(f"teacher network: {pilots} estimates cannot be halved; take an even number of resource blocks")

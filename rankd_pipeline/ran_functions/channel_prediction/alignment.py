@@ -17,6 +17,7 @@ from torch import Tensor
 from rankd_pipeline.ran_functions.channel_prediction.config import PATCH
 from rankd_pipeline.ran_functions.channel_prediction.runs import (
     TO_LAG_AND_POWER,
+    bounded,
     cleaned,
     continued,
     lines_of,
@@ -36,49 +37,46 @@ class Turn:
     A user who moves at another speed, or stands at another distance, multiplies the channel by a phase that is linear in
     time, or frequency; where all paths share it, only this ramp differs between carriers, speeds and cells.
     step_B3: phase from one instant, antenna, subcarrier to the next, rad; of the sum of all lag-one products that lie
-    within a visible patch, so any mask will do. cos_B1Ln: the cosine of that phase at every entry; sin_B2Ln: its sine, less
+    within a visible patch, so any mask will do. cos_B1N: the cosine of that phase at every entry; sin_B2N: its sine, less
     and plus. into_B22, back_B22: phase and level of the whole, as matrices for planes (re, im).
     """
 
     step_B3: Tensor
-    cos_B1Ln: Tensor
-    sin_B2Ln: Tensor
+    cos_B1N: Tensor
+    sin_B2N: Tensor
     into_B22: Tensor
     back_B22: Tensor
 
     def into(self, patches_BLE: Tensor) -> Tensor:
         """Patches [B, L, E] in the frame in which samples are alike."""
-        return patches_of(_times(_rotated(planes_of(patches_BLE), self.cos_B1Ln, self.sin_B2Ln), self.into_B22))
+        return patches_of(self.into_B22 @ _rotated(planes_of(patches_BLE), self.cos_B1N, self.sin_B2N))
 
     def back(self, patches_BLE: Tensor) -> Tensor:
         """The inverse of `into`."""
-        return patches_of(self.planes_back(planes_of(patches_BLE)))
-
-    def planes_back(self, planes_B2Ln: Tensor) -> Tensor:
-        """`back` of planes."""
-        scaled = _times(planes_B2Ln, self.back_B22)
-        return scaled * self.cos_B1Ln + scaled.flip(1) * self.sin_B2Ln
+        scaled = self.back_B22 @ planes_of(patches_BLE)
+        return patches_of(scaled * self.cos_B1N + scaled.flip(1) * self.sin_B2N)
 
     def behind(self, seen: int) -> "Turn":
         """That of the patches behind the first `seen`."""
-        return Turn(self.step_B3, self.cos_B1Ln[:, :, seen:], self.sin_B2Ln[:, :, seen:], self.into_B22, self.back_B22)
+        at = seen * PATCH**3
+        return Turn(self.step_B3, self.cos_B1N[:, :, at:], self.sin_B2N[:, :, at:], self.into_B22, self.back_B22)
 
 
 @dataclass(frozen=True)
 class Aligned:
     """A sample in the frame of its turn.
 
-    patches_BLE: the visible patches, then for each wanted one what the run says of it. run_B2Mn: the run as planes. turn: that
+    patches_BLE: the visible patches, then for each wanted one what the run says of it. run_BME: the latter alone. turn: that
     of the wanted patches.
     """
 
     patches_BLE: Tensor
-    run_B2Mn: Tensor
+    run_BME: Tensor
     turn: Turn
 
-    def answer(self, trust_BMn: Tensor, change_BME: Tensor) -> Tensor:
-        """The wanted patches [B, M, E], out of the frame: the run, each entry times 1 + trust, and the change against it."""
-        return patches_of(self.turn.planes_back(self.run_B2Mn * (1.0 + trust_BMn)[:, None] + planes_of(change_BME)))
+    def answer(self, trust_BME: Tensor, change_BME: Tensor) -> Tensor:
+        """The wanted patches [B, M, E], out of the frame: the run, each number times its trust, and the change against it."""
+        return self.turn.back(self.run_BME * trust_BME + change_BME)
 
 
 def aligned(patches_BVE: Tensor, visible_at: Tensor, wanted_at: Tensor, noise: Tensor | float) -> Aligned:
@@ -88,52 +86,52 @@ def aligned(patches_BVE: Tensor, visible_at: Tensor, wanted_at: Tensor, noise: T
     noise: its power over the channel's, which is taken out of the run.
     """
     patches, seen = patches_BVE.float(), patches_BVE.shape[1]
-    planes, lines = planes_of(patches), lines_of(patches)
+    lines = lines_of(patches)
     products = products_of(lines)
-    run, moves, near_BMV = continued(planes, visible_at, wanted_at, cleaned(lines, products, noise))
-    at = torch.cat([visible_at, wanted_at], dim=1)
-    planes, turn = _turned(torch.cat([planes, run], dim=2), at, products, seen)
-    visible, run = planes[:, :, :seen], planes[:, :, seen:]
-    run = torch.where(moves[:, None], run, near_BMV[:, None] @ visible)
-    return Aligned(patches_of(torch.cat([visible, run], dim=2)), run, turn.behind(seen))
+    run, moves, near_BMV = continued(visible_at, wanted_at, cleaned(lines, products, noise))
+    planes = bounded(planes_of(torch.cat([patches, run], dim=1)), seen)
+    planes, turn = _turned(planes, torch.cat([visible_at, wanted_at], dim=1), products, seen)
+    visible, run = patches_of(planes).tensor_split([seen], dim=1)
+    run = torch.where(moves, run, near_BMV @ visible)
+    return Aligned(torch.cat([visible, run], dim=1), run, turn.behind(seen))
 
 
-def _turned(planes_B2Ln: Tensor, at: Tensor, products: Tensor, seen: int) -> tuple[Tensor, Turn]:
+def _turned(planes_B2N: Tensor, at: Tensor, products: Tensor, seen: int) -> tuple[Tensor, Turn]:
     """All patches in the frame of the first `seen`, of whose lines `products` are."""
-    steps, power = _steps_and_power(products, seen)
-    to_patch = at.to(steps.dtype) @ (PATCH * steps)[:, :, None]
-    inside = torch.cartesian_prod(*[torch.arange(PATCH, dtype=steps.dtype, device=at.device)] * 3)
-    within = steps[:, None] @ inside.T
+    half_steps, power = _half_steps_and_power(products, seen)
+    to_patch = at.to(half_steps.dtype) @ (2 * PATCH * half_steps)[:, :, None]
+    inside = torch.cartesian_prod(*[torch.arange(PATCH, dtype=half_steps.dtype, device=at.device)] * 3)
+    within = half_steps[:, None] @ (2 * inside.T)
     # Sines are slow: few of them, and their products. cos(x) is sin(x + pi / 2).
-    quarters = (math.pi / 2) * torch.tensor([1, 0, 1, 2, 2, 3, 0, 1], dtype=steps.dtype, device=at.device)
-    of_patch = torch.sin(to_patch + quarters[:2])  # cos, sin
-    of_entry = torch.sin(within + quarters[2:, None])  # for the cosine of the sum, its sine with minus, its sine
-    cos, sin = (of_patch[:, None] @ of_entry.unflatten(1, (3, 2))).float().split([1, 2], dim=1)
-    turned = _rotated(planes_B2Ln, cos, sin)
-    total = turned[:, :, :seen].double().sum(dim=(2, 3))
-    unit = total / torch.sqrt((total * total).sum(dim=-1, keepdim=True)).clamp_min(1e-9)
-    level = torch.sqrt(power).clamp_min(1e-6)[..., None]
+    quarters = (math.pi / 2) * torch.tensor([1, 0, 1, 2, 2, 3, 0, 1], dtype=half_steps.dtype, device=at.device)
+    of_patch = torch.sin(to_patch + quarters[:2]).float()  # cos, sin
+    of_entry = torch.sin(within + quarters[2:, None]).float()  # for the cosine of the sum, its sine with minus, its sine
+    cos, sin = (of_patch[:, None] @ of_entry.unflatten(1, (3, 2))).flatten(2).split([1, 2], dim=1)
+    turned = _rotated(planes_B2N, cos, sin)
+    total = turned[:, :, : seen * PATCH**3].double().sum(dim=-1)
+    unit = (total / torch.sqrt((total * total).sum(dim=-1, keepdim=True)).clamp_min(1e-9)).float()
+    level = torch.sqrt(power.float()).clamp_min(1e-6)[..., None]
     factor = (unit @ TO_FACTOR.to(unit)).unflatten(-1, (2, 2))
-    into, back = (factor.transpose(1, 2) / level).float(), (factor * level).float()
-    return _times(turned, into), Turn(steps.float(), cos, sin, into, back)
+    into, back = factor.transpose(1, 2) / level, factor * level
+    return into @ turned, Turn(2 * half_steps.float(), cos, sin, into, back)
 
 
-def _steps_and_power(products: Tensor, seen: int) -> tuple[Tensor, Tensor]:
-    """Phase [B, 3] of the mean lag-one product along instants, antennas and subcarriers, and the mean power [B, 1]."""
+def _half_steps_and_power(products: Tensor, seen: int) -> tuple[Tensor, Tensor]:
+    """Half the phase [B, 3] of the mean lag-one product along instants, antennas and subcarriers, and the mean power [B, 1].
+
+    An arctangent of two arguments is many operators in a runtime; tan(x / 2) = sin(x) / (1 + cos(x)) takes one of one
+    argument. The least number in the numerator makes a product that is real and negative pi.
+    """
     found = products @ TO_LAG_AND_POWER.to(products)
+    re, im = found[..., 0], found[..., 1]
+    tangent = (im + 1e-30) / (torch.sqrt(re * re + im * im) + re).clamp_min(1e-36)
     # Onnxruntime has no arctangent in double precision; any step near the mean will do, as long as it is undone exactly.
-    steps = torch.atan2(*(found[..., i].float() for i in (1, 0)))
-    return steps.to(products.dtype), found[:, 0, 2:] / (seen * PATCH**3)
+    return torch.atan(tangent.float()).to(products.dtype), found[:, 0, 2:] / (seen * PATCH**3)
 
 
-def _rotated(planes_B2Ln: Tensor, cos_B1Ln: Tensor, sin_B2Ln: Tensor) -> Tensor:
+def _rotated(planes_B2N: Tensor, cos_B1N: Tensor, sin_B2N: Tensor) -> Tensor:
     """Every entry against the phase that its place has in `Turn`."""
-    return planes_B2Ln * cos_B1Ln - planes_B2Ln.flip(1) * sin_B2Ln
-
-
-def _times(planes_B2Ln: Tensor, factor_B22: Tensor) -> Tensor:
-    """Planes times a complex factor of each sample."""
-    return (factor_B22 @ planes_B2Ln.flatten(2)).unflatten(2, planes_B2Ln.shape[2:])
+    return planes_B2N * cos_B1N - planes_B2N.flip(1) * sin_B2N
 
 
 def mirrored(csi_BLE: Tensor, grid: Sequence[int]) -> Tensor:

@@ -38,7 +38,6 @@ from rankd_pipeline.ran_functions.channel_prediction.patches import (
     visible_patches,
     wanted_patches,
 )
-from rankd_pipeline.ran_functions.channel_prediction.runs import patches_of
 from rankd_pipeline.ran_functions.contract import Arrays, Baseline, Predictor
 from rankd_pipeline.settings import settings
 from rankd_pipeline.training.fit import FitConfig, fit
@@ -178,7 +177,7 @@ def ar_cleaned(features: Arrays, noise: float) -> np.ndarray:
         for some in np.array_split(rows, max(1, len(rows) // 256)):
             visible_at, wanted_at = (torch.from_numpy(at[part]).float().expand(len(some), -1, -1) for part in (seen, wanted))
             own = aligned(torch.from_numpy(csi[some][:, seen]), visible_at, wanted_at, noise)
-            found[some, : len(wanted)] = patches_of(own.turn.planes_back(own.run_B2Mn)).numpy()
+            found[some, : len(wanted)] = own.turn.back(own.run_BME).numpy()
     return found
 
 

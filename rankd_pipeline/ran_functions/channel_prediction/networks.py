@@ -71,9 +71,10 @@ class MaskedChannelTransformer(nn.Module):
         self.decoder = nn.ModuleList(Block(width, heads, expansion) for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, ELEMENTS)
-        for module in self.modules():
+        for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
+                for part in module.weight.chunk(3 if name.endswith("attend") else 1):
+                    nn.init.xavier_uniform_(part)
                 nn.init.zeros_(module.bias)
         if align:  # the start is the autoregressive run
             self.noise = nn.Parameter(torch.zeros(()))
@@ -128,28 +129,31 @@ class MaskedChannelTransformer(nn.Module):
         own = aligned(patches, visible_at, wanted_at, NOISE * torch.exp(self.noise)) if self.align else None
         embedded = self.embed(patches if own is None else own.patches_BLE)
         place = self.place(torch.cat([visible_at, wanted_at], dim=1))
-        x_BVD = self._through("encoder", embedded[:, :seen] + place[:, :seen], found)
-        x_BVD = self.decoder_embed(self.encoder_norm(x_BVD))
-        hidden = self.mask_token.to(x_BVD.dtype).expand(x_BVD.shape[0], wanted, -1)
-        if own is not None:  # what the run says
-            hidden = hidden + embedded[:, seen:]
-        x_BLD = self._through("decoder", torch.cat([x_BVD, hidden], dim=1) + place, found)
+        x_RD = self._through("encoder", embedded[:, :seen] + place[:, :seen], found)
+        x_BVD = self.decoder_embed(self.encoder_norm(x_RD)).unflatten(0, (-1, seen))
+        # Of what is hidden, the run alone says something.
+        told = embedded[:, seen:] if own is not None else x_BVD.new_zeros(x_BVD.shape[0], wanted, 1)
+        x_RD = self._through("decoder", torch.cat([x_BVD, self.mask_token.to(x_BVD.dtype) + told], dim=1) + place, found)
         if found is not None:
             found["embedding"], found["turn"] = embedded[:, :seen], None if own is None else own.turn
-        x_BMD = self.decoder_norm(x_BLD[:, seen:])
-        predicted = self.head(x_BMD)
-        return predicted if own is None else own.answer(self.trust(x_BMD), predicted)
+        x_RD = self.decoder_norm(x_RD.unflatten(0, (-1, seen + wanted))[:, seen:].flatten(0, 1))
+        predicted = self.head(x_RD).unflatten(0, (-1, wanted))
+        if own is None:
+            return predicted
+        # Real and imaginary part are trusted alike.
+        weight, bias = (part.repeat_interleave(2, dim=0) for part in (self.trust.weight, self.trust.bias))
+        return own.answer(functional.linear(x_RD, weight, 1.0 + bias).unflatten(0, (-1, wanted)), predicted)
 
-    def _through(self, stack: str, x: Tensor, found: dict[str, Any] | None) -> Tensor:
+    def _through(self, stack: str, x_BLD: Tensor, found: dict[str, Any] | None) -> Tensor:
+        """All patches of all samples as rows [R, D] behind a stack's last block."""
+        maps, attended, length = [], x_BLD, x_BLD.shape[1]
+        x_RD = x_BLD.flatten(0, 1)
+        for block in self.encoder if stack == "encoder" else self.decoder:
+            x_RD, attended, weights = block(x_RD, length, found is not None)
+            maps.append(weights)
         if found is not None:
-            found[f"{stack}_maps"] = []
-        blocks = self.encoder if stack == "encoder" else self.decoder
-        for block in blocks:
-            x, attended, weights = block(x, found is not None)
-            if found is not None:
-                found[stack] = attended
-                found[f"{stack}_maps"].append(weights)
-        return x
+            found[stack], found[f"{stack}_maps"] = attended.unflatten(0, (-1, length)), maps
+        return x_RD
 
 
 def _like_shaped(visible_at: Tensor, wanted_at: Tensor) -> list[tuple[Any, int, int]]:
@@ -186,29 +190,36 @@ class Place(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: attention, then a two-layer perceptron with GELU; no dropout."""
+    """Pre-norm transformer block: attention, then a two-layer perceptron with GELU; no dropout.
+
+    Queries, keys and values come of one layer, and patches are rows of one matrix: fewer operators for a runtime to start.
+    """
 
     def __init__(self, width: int, heads: int, expansion: int) -> None:
         super().__init__()
         self.heads = heads
         self.norm_attention = nn.LayerNorm(width, eps=1e-6)
-        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+        self.attend = nn.Linear(width, 3 * width)
         self.project = nn.Linear(width, width)
         self.norm_mlp = nn.LayerNorm(width, eps=1e-6)
         self.widen = nn.Linear(width, expansion * width)
         self.narrow = nn.Linear(expansion * width, width)
 
-    def forward(self, x: Tensor, want_map: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Output and residual stream after attention, both [B, L, D], and the attention map [B, H, L, L] where it is wanted."""
-        y = self.norm_attention(x)
-        q, k, v = (layer(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value))
+    def forward(self, x_RD: Tensor, length: int, want_map: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Output and residual stream after attention, both [R, D], and the attention map [B, H, L, L] where it is wanted.
+
+        x_RD: the patches of all samples one behind the other, `length` of each.
+        """
+        heads = self.attend(self.norm_attention(x_RD)).reshape(-1, length, 3, self.heads, x_RD.shape[1] // self.heads)
+        q, k, v = heads.permute(2, 0, 3, 1, 4).split(1)
         weights = None
         if not want_map and not torch.compiler.is_exporting():
-            mixed = functional.scaled_dot_product_attention(q, k, v)
+            mixed = functional.scaled_dot_product_attention(q[0], k[0], v[0])[None]
         else:  # a fused kernel does not give its weights away
             weights = torch.softmax(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5, dim=-1)
             mixed = weights @ v
-        attended = x + self.project(mixed.transpose(1, 2).flatten(2))
+            weights = weights[0]
+        attended = x_RD + self.project(mixed.permute(0, 1, 3, 2, 4).reshape(-1, x_RD.shape[1]))
         return attended + self.narrow(functional.gelu(self.widen(self.norm_mlp(attended)))), attended, weights
 
 

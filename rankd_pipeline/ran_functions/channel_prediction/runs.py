@@ -4,11 +4,12 @@ A few paths make a sum of ramps of phase, which an autoregressive model continue
 subcarriers tell channel from noise. Both models are the sample's own, fitted to its visible part; nothing here is learned.
 
 Sums over a sample, inverses and powers of matrices are in double precision: in single, torch and a runtime would differ by a
-per cent. A runtime spends its time here on starting operators and on broadcasts of short axes, not on numbers. So both runs,
-or all three axes, go through one operator, and real and imaginary parts stand as planes in front of all else.
+per cent. A runtime spends its time here on starting operators, on broadcasts of short axes and on transpositions of single
+numbers. So both runs, or all three axes, go through one operator; of a patch's axes one moves at a time, real and imaginary
+part side by side; and where these are multiplied, they stand as two planes.
 
-Shapes: B samples, V visible and M wanted patches, L of any, E = 2 * PATCH**3 real numbers a patch, n = PATCH**3 entries. A line
-is PATCH entries along an axis, real parts, then imaginary ones. Complex numbers stand as real ones, because ONNX has no others.
+Shapes: B samples, V visible and M wanted patches, L of any, E = 2 * PATCH**3 real numbers a patch, N = L * PATCH**3 entries. A
+line is PATCH entries along an axis, 2 * PATCH numbers. Complex numbers stand as pairs (re, im), because ONNX has no others.
 """
 
 import math
@@ -17,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rankd_pipeline.ran_functions.channel_prediction.config import PATCH
+from rankd_pipeline.ran_functions.channel_prediction.config import ELEMENTS, PATCH
 
 ORDER = 6
 """Of the autoregressive model. Two neighbouring patches would allow 7, which fits fast fading too closely."""
@@ -26,16 +27,13 @@ LOADING = 0.1
 REACH = 4
 """Patches that a run is continued over; behind them its last value stays."""
 RIDGE = 1e-3
-AXES = (0, 1, 2)
 RUNS = (0, 2)
 """The axes over which a channel is continued: time and frequency."""
 LINES = PATCH * PATCH
 FAR = 4096.0
 """More places than any axis has: (1, FAR, FAR**2) makes one number of three places."""
-WHOLE = torch.arange(4 * PATCH).reshape(2, 2, PATCH).transpose(0, 1).flatten()
-"""Lines of two patches, one behind the other, as one line: all real parts, then all imaginary ones."""
-STATE = torch.eye(4 * PATCH)[WHOLE].unflatten(0, (2, 2 * PATCH))[:, 2 * PATCH - ORDER :].flatten(0, 1)
-"""The state (the last ORDER entries, re, then im) out of the lines of two patches [2 ORDER, 4 PATCH]."""
+STATE = torch.eye(4 * PATCH)[4 * PATCH - 2 * ORDER :]
+"""The state (the last ORDER entries) out of a line of two patches [2 ORDER, 4 PATCH]."""
 
 
 class Sums:
@@ -60,16 +58,20 @@ class Sums:
 
 
 def _hermitian(square: Tensor) -> tuple[Tensor, Tensor]:
-    """Real and imaginary part of the sums of conj(x_i) x_j, from the products [..., 2 m, 2 m] of parts (real, then imaginary)."""
-    m = square.shape[-1] // 2
-    rr, ri, ir, ii = (square[..., i : i + m, j : j + m] for i in (0, m) for j in (0, m))
+    """Real and imaginary part of the sums of conj(x_i) x_j, from the products [..., 2 m, 2 m] of the numbers of x."""
+    rr, ri, ir, ii = (square[..., i::2, j::2] for i in (0, 1) for j in (0, 1))
     return rr + ii, ri - ir
+
+
+def _as_real(re: Tensor, im: Tensor) -> Tensor:
+    """A complex matrix [..., r, c] as the real one [..., 2 r, 2 c] that multiplies rows of pairs (with im negated: columns)."""
+    pairs = torch.stack([torch.stack([re, im], dim=-1), torch.stack([-im, re], dim=-1)], dim=-3)
+    return pairs.flatten(-2).flatten(-3, -2)
 
 
 def _covariance(square: Tensor) -> Tensor:
     """A Hermitian matrix as a real one, beside a place for a unit matrix."""
-    re, im = _hermitian(square)
-    real = torch.cat([torch.cat([re, im], dim=-1), torch.cat([-im, re], dim=-1)], dim=-2)
+    real = _as_real(*_hermitian(square))
     return torch.cat([real, torch.zeros_like(real)], dim=-1)
 
 
@@ -85,58 +87,72 @@ def _normal_equations(square: Tensor) -> Tensor:
 
     Sums over all windows of ORDER + 1 entries; one read backwards and conjugated has them mirrored at the antidiagonal.
     """
-    square = square[..., WHOLE, :][..., WHOLE]
     windows = [slice(i, i + ORDER + 1) for i in range(2 * PATCH - ORDER)]
     re, im = (torch.stack([part[..., w, w] for w in windows]).sum(dim=0) for part in _hermitian(square))
     re, im = (part + part.flip(-1, -2).transpose(-1, -2) for part in (re, im))
-    a, b, y, z = re[..., :ORDER, :ORDER], im[..., :ORDER, :ORDER], re[..., :ORDER, ORDER:], im[..., :ORDER, ORDER:]
-    return torch.cat([torch.cat([a, -b, y], dim=-1), torch.cat([b, a, z], dim=-1)], dim=-2)
+    matrix = _as_real(re[..., :ORDER, :ORDER], -im[..., :ORDER, :ORDER])
+    right = torch.stack([re[..., :ORDER, ORDER], im[..., :ORDER, ORDER]], dim=-1).flatten(-2)
+    return torch.cat([matrix, right[..., None]], dim=-1)
 
 
 def _recursion(weights: Tensor) -> Tensor:
-    """[..., 2 ORDER, 2 ORDER]: one step of the state (entries, the oldest first, re, then im), but for the shift."""
-    re, im = weights[..., :ORDER], weights[..., ORDER:]
-    nothing = torch.zeros(*weights.shape[:-1], ORDER - 1, 2 * ORDER, dtype=weights.dtype)
-    new = [torch.cat(pair, dim=-1)[..., None, :] for pair in ((re, -im), (im, re))]
-    return torch.cat([nothing, new[0], nothing, new[1]], dim=-2)
+    """[..., 2 ORDER, 2 ORDER]: one step of the state (the oldest entry first), but for the shift."""
+    new = _as_real(weights[..., None, ::2], -weights[..., None, 1::2])
+    return torch.cat([new.new_zeros(*new.shape[:-2], 2 * ORDER - 2, 2 * ORDER), new], dim=-2)
 
 
 TO_COVARIANCE = Sums(_covariance, 2 * PATCH, 2 * PATCH)
 TO_LAG_AND_POWER = _lag_and_power(torch.eye(4 * PATCH**2, dtype=torch.float64).unflatten(-1, (2 * PATCH, 2 * PATCH)))
 TO_EQUATIONS = Sums(_normal_equations, 4 * PATCH, 4 * PATCH)
 TO_RECURSION = _recursion(torch.eye(2 * ORDER)).flatten(1)
-SHIFT = torch.block_diag(*[torch.eye(ORDER).roll(1, dims=1).tril(1).triu(1)] * 2)
+SHIFT = torch.diag(torch.ones(2 * ORDER - 2), 2)
 """What becomes of a state in one step, but for the new entry."""
 
 
 def planes_of(patches_BLE: Tensor) -> Tensor:
-    """Real and imaginary parts of patches, as planes [B, 2, L, n]."""
-    rows = patches_BLE.reshape(-1, patches_BLE.shape[1] * PATCH**3, 2)
-    return rows.transpose(1, 2).unflatten(2, (patches_BLE.shape[1], PATCH**3))
+    """Real and imaginary parts of patches, as planes [B, 2, N]."""
+    return patches_BLE.reshape(-1, patches_BLE.shape[1] * PATCH**3, 2).transpose(1, 2)
 
 
-def patches_of(planes_B2Ln: Tensor) -> Tensor:
+def patches_of(planes_B2N: Tensor) -> Tensor:
     """The inverse of `planes_of`."""
-    return planes_B2Ln.flatten(2).transpose(1, 2).reshape(-1, planes_B2Ln.shape[2], 2 * PATCH**3)
+    return planes_B2N.transpose(1, 2).reshape(-1, planes_B2N.shape[2] // PATCH**3, ELEMENTS)
 
 
-def cleaned(lines: Tensor, products: Tensor, noise: Tensor | float) -> Tensor:
-    """Lines [B, 2, V, 16, 8] for a run over time, and for one over frequency, with less noise, from `lines_of` and `products_of`.
+def lines_of(patches_BVE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All lines of a sample along time, antennas and frequency, [B, 1, V * 16, 8] each."""
+    along_frequency = patches_BVE.reshape(-1, 1, patches_BVE.shape[1] * LINES, 2 * PATCH)
+    return _first_axis_last(along_frequency), _last_axis_first(along_frequency), along_frequency
+
+
+def _first_axis_last(numbers: Tensor) -> Tensor:
+    """Patches (of whatever shape) with the first of their three axes behind the other two."""
+    return numbers.reshape(-1, PATCH, LINES, 2).transpose(1, 2).reshape(-1, *numbers.shape[1:])
+
+
+def _last_axis_first(numbers: Tensor) -> Tensor:
+    """The inverse of `_first_axis_last`."""
+    return numbers.reshape(-1, LINES, PATCH, 2).transpose(1, 2).reshape(-1, *numbers.shape[1:])
+
+
+def products_of(lines: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """Products of a line's numbers [B, 3, 64], summed over all lines."""
+    numbers = torch.cat(lines, dim=1).double()
+    return (numbers.transpose(-1, -2) @ numbers).flatten(-2)
+
+
+def cleaned(lines: tuple[Tensor, Tensor, Tensor], products: Tensor, noise: Tensor | float) -> Tensor:
+    """Patches as lines along time, and as lines along frequency [B, 2, V, E], each with less noise, for a run over that axis.
 
     Along an axis the entries of a sample are correlated as its own covariance R says, which the four entries of all lines in
     all visible patches give; the Wiener filter of white noise (noise: its power over the channel's) is I - noise R^-1. Only
     the two axes across the run are filtered: along it, the filter would bend the recursion.
     """
-    by_time, by_antenna, by_frequency = _wiener(products, noise).float().unbind(dim=1)
-    count = lines.shape[2] // LINES
-    across = lines[:, 1] @ by_antenna
-    over_time, over_frequency = (
-        _other_lines(across, 1, axis, count).reshape(-1, count * LINES, 2 * PATCH) @ weights
-        for axis, weights in ((2, by_frequency), (0, by_time))
-    )
-    shape = (-1, 1, count, LINES, 2 * PATCH)
-    ends = (_other_lines(over_time, 2, 0, count), _other_lines(over_frequency, 0, 2, count))
-    return torch.cat([lines.reshape(shape) for lines in ends], dim=1)
+    by_time, by_antenna, by_frequency = _wiener(products, noise).float().split(1, dim=1)
+    across = lines[1] @ by_antenna
+    over_time = _first_axis_last(_first_axis_last(across) @ by_frequency)
+    over_frequency = _last_axis_first(_last_axis_first(across) @ by_time)
+    return torch.cat([found.reshape(-1, 1, found.shape[2] // LINES, ELEMENTS) for found in (over_time, over_frequency)], dim=1)
 
 
 def _wiener(products: Tensor, noise: Tensor | float) -> Tensor:
@@ -152,23 +168,21 @@ def _wiener(products: Tensor, noise: Tensor | float) -> Tensor:
 def _eliminated(work: Tensor) -> Tensor:
     """[A | Y] -> [1 | A^-1 Y], of complex Hermitian positive definite A as real ones: [..., 2 n, 2 n + columns of Y]."""
     size, columns = work.shape[-2:]
-    n = size // 2
     unit = torch.eye(columns, size, dtype=work.dtype, device=work.device)
-    for i in range(n):  # Gauss and Jordan on real and imaginary part at once: their pivot is one real, positive number
-        rows, own = work[..., i::n, :], unit[:, i::n]
+    for i in range(0, size, 2):  # Gauss and Jordan on real and imaginary part at once: their pivot is one real, positive number
+        pair = slice(i, i + 2)
+        rows, own = work[..., pair, :], unit[:, pair]
         rows = rows / (rows @ own.sum(dim=-1, keepdim=True))
-        work = work - (work[..., i:size:n] - own[:size]) @ rows
+        work = work - (work[..., pair] - own[:size]) @ rows
     return work
 
 
-def continued(
-    planes_B2Vn: Tensor, visible_at: Tensor, wanted_at: Tensor, lines: Tensor, ridge: float = RIDGE
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Each wanted patch as the run of the nearest visible one, over time or, at the same time, over frequency: planes [B, 2, M, n].
+def continued(visible_at: Tensor, wanted_at: Tensor, lines: Tensor, ridge: float = RIDGE) -> tuple[Tensor, Tensor, Tensor]:
+    """Each wanted patch [B, M, E] as the run of the nearest visible one, over time or, at the same time, over frequency.
 
     Autoregressive models along both axes, fitted to each sample by ridge least squares over the windows of all pairs of
-    neighbouring visible patches, forwards and (conjugated) backwards. Nothing gets larger than the largest entry that was seen.
-    lines: what the runs over time and over frequency are fitted to and start from [B, 2, V, 16, 8] (as `cleaned` gives them).
+    neighbouring visible patches, forwards and (conjugated) backwards.
+    lines: what the runs over time and over frequency are fitted to and start from [B, 2, V, E] (as `cleaned` gives them).
     Also returns whether a pair leads to the patch [B, M, 1] (what the run says is worth nothing otherwise), and the nearest
     visible patch [B, M, V] as a one in its column.
     """
@@ -183,21 +197,26 @@ def continued(
     chosen = torch.where(over_time, near_BMV, 0.0)
     chosen = torch.cat([chosen, near_BMV - chosen], dim=-1)
     known = (chosen @ paired.flatten(1, 2)) > 0
-    moves = known & (over_time | ((in_time == 0) & (ahead > 0)))
+    moves = known & (ahead > 0) & (in_time >= 0)
     state = (chosen @ pairs.flatten(3).flatten(1, 2)).unflatten(-1, (LINES, 4 * PATCH))
     weights = several_steps(fitted(pairs, ridge)) @ STATE.to(torch.float64)
     weights = weights.float().reshape(-1, 2 * REACH * PATCH, 8 * PATCH)
-    run = state @ _at_steps(weights, over_time, ahead).transpose(-1, -2)
-    values = torch.where(over_time[:, None], _steps_as_planes(run, 0), _steps_as_planes(run, 2))
-    bound = (planes_B2Vn * planes_B2Vn).sum(dim=1, keepdim=True).amax(dim=(2, 3), keepdim=True)
-    power = (values * values).sum(dim=1, keepdim=True).clamp_min(1e-18)
-    return values * torch.sqrt((bound / power).clamp_max(1.0)), moves, near_BMV
+    run = (state @ _at_steps(weights, over_time, ahead).transpose(-1, -2)).flatten(2)
+    return torch.where(over_time, _last_axis_first(run), run), moves, near_BMV
+
+
+def bounded(planes_B2N: Tensor, seen: int) -> Tensor:
+    """Planes in which no entry is larger than the largest of the first `seen` patches: an unstable run must not run away."""
+    power = torch.ones(1, 2, device=planes_B2N.device) @ (planes_B2N * planes_B2N)
+    largest = power[:, :, : seen * PATCH**3].amax(dim=-1, keepdim=True)
+    return planes_B2N * torch.sqrt((largest / power.clamp_min(1e-18)).clamp_max(1.0))
 
 
 def _nearest(visible: Tensor, wanted: Tensor) -> Tensor:
     """One in the column of the nearest visible patch [B, M, V], antennas counting more."""
-    weight = torch.tensor([1.0, 4.0, 1.0], device=visible.device)[:, None, None]
-    away = ((wanted.transpose(1, 2)[..., None] - visible.transpose(1, 2)[:, :, None]).abs() * weight).sum(dim=1)
+    weight = torch.tensor([1.0, 4.0, 1.0], device=visible.device)
+    seen, asked = visible * weight, wanted * weight
+    away = (seen * seen).sum(dim=-1)[:, None] - (2.0 * asked) @ seen.transpose(1, 2)  # but for what is the same to all of them
     return (away.argmin(dim=-1, keepdim=True) == torch.arange(visible.shape[1], device=visible.device)).float()
 
 
@@ -210,21 +229,20 @@ def _at_steps(weights: Tensor, over_time: Tensor, ahead: Tensor) -> Tensor:
 
 
 def _pairs(lines: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-    """Lines [B, 2, V, 16, 16]: the neighbour's before each patch, then its own, along both axes; zeros without a neighbour.
+    """Lines over two patches [B, 2, V, 16, 16]: the neighbour's before each, then its own, along both axes; or zeros.
 
-    And whether there is one [B, 2, V, 1].
+    And whether there is a neighbour [B, 2, V, 1].
     """
     base = torch.tensor([[1.0], [FAR], [FAR**2]], dtype=torch.float64, device=at.device)
     number, step = at.double() @ base, base[list(RUNS), :, None]
     before = ((number - number.transpose(1, 2))[:, None] == step).float()
     has = before.sum(dim=-1, keepdim=True)
-    flat = lines.flatten(3)
-    both = [part.unflatten(-1, (LINES, 2 * PATCH)) for part in (before @ flat, flat * has)]
+    both = [part.unflatten(-1, (LINES, 2 * PATCH)) for part in (before @ lines, lines * has)]
     return torch.cat(both, dim=-1), has
 
 
 def fitted(pairs: Tensor, ridge: float = RIDGE) -> Tensor:
-    """Weights [..., 2 ORDER] (re, then im) of the entry that follows a state, from lines [..., V, 16, 4 PATCH] over two patches."""
+    """Weights [..., 2 ORDER] of the entry that follows a state, from lines [..., V, 16, 4 PATCH] over two patches."""
     rows = pairs.flatten(-3, -2).double()
     equations = TO_EQUATIONS((rows.transpose(-1, -2) @ rows).flatten(-2))
     unit = torch.eye(2 * ORDER, 2 * ORDER + 1, dtype=rows.dtype, device=rows.device)
@@ -236,41 +254,8 @@ def several_steps(weights: Tensor) -> Tensor:
     """Weights of a state one, two, ... steps later [..., (step, re or im), 2 ORDER], from those of one step [..., 2 ORDER]."""
     size = 2 * ORDER
     power = (weights @ TO_RECURSION.to(weights)).unflatten(-1, (size, size)) + SHIFT.to(weights)
-    found = power[..., ORDER - 1 :: ORDER, :]
+    found = power[..., -2:, :]
     while found.shape[-2] < 2 * REACH * PATCH:
         found = torch.cat([found, found @ power], dim=-2)
         power = power @ power
     return found
-
-
-def lines_of(patches_BVE: Tensor) -> Tensor:
-    """All lines of a sample along each of the three axes [B, 3, V * 16, 8]."""
-    shape = (-1, 1, patches_BVE.shape[1] * LINES, 2 * PATCH)
-    return torch.cat([_along(patches_BVE, axis).reshape(shape) for axis in AXES], dim=1)
-
-
-def _along(patches_BLE: Tensor, axis: int) -> Tensor:
-    """Patches [B, L, the other two axes, 2, PATCH] with time (axis 0), antennas (1) or frequency (2) last."""
-    cut = patches_BLE.unflatten(-1, (PATCH, PATCH, PATCH, 2))
-    return cut.permute(0, 1, *[2 + other for other in AXES if other != axis], 5, 2 + axis)
-
-
-def products_of(lines: Tensor) -> Tensor:
-    """Products of a line's numbers [B, 3, 64], summed over all lines."""
-    numbers = lines.double()
-    return (numbers.transpose(-1, -2) @ numbers).flatten(-2)
-
-
-def _other_lines(lines: Tensor, axis: int, other: int, count: int) -> Tensor:
-    """Lines along one axis [B, L * 16, 8] as those along another [B, L, two axes, 2, PATCH]."""
-    order = [place for place in AXES if place != axis] + [3, axis]  # as the numbers are stored; 3: re or im
-    wanted = [place for place in AXES if place != other] + [3, other]
-    cut = lines.reshape(-1, count, *(2 if place == 3 else PATCH for place in order))
-    return cut.permute(0, 1, *(2 + order.index(place) for place in wanted))
-
-
-def _steps_as_planes(run: Tensor, axis: int) -> Tensor:
-    """Planes [B, 2, M, n] from what stands on each line along time (axis 0) or frequency (2) [B, M, 16, (step, re or im)]."""
-    if axis == 2:  # it is the last one in a patch, too
-        return planes_of(run.flatten(2))
-    return run.unflatten(-1, (PATCH, 2)).permute(0, 4, 1, 3, 2).flatten(3)
