@@ -15,9 +15,7 @@ from rankd_pipeline.ran_functions.channel_prediction.networks import (
 )
 from rankd_pipeline.ran_functions.channel_prediction.patches import coordinates, network_inputs, patchify, unpatchify
 from rankd_pipeline.ran_functions.channel_prediction.runs import (
-    LINES,
     LOADING,
-    RUNS,
     bounded,
     cleaned,
     continued,
@@ -25,6 +23,7 @@ from rankd_pipeline.ran_functions.channel_prediction.runs import (
     patches_of,
     planes_of,
     products_of,
+    way_on,
 )
 
 # WiFo's count of all tensors, and Tiny-WiFo's versions; it holds 172 x width numbers of unused place tables.
@@ -156,6 +155,22 @@ def test_an_aligned_network_turns_with_its_channel(task):
     assert np.allclose(turned.view(np.complex64), by_hand, rtol=1e-3, atol=1e-3)
 
 
+def test_samples_of_both_tasks_in_a_batch_get_what_each_gets_alone():
+    """Each is run on over an axis of its own."""
+    torch.manual_seed(0)
+    network = MaskedChannelTransformer(width=32, encoder_depth=1, decoder_depth=1, align=True).eval()
+    torch.nn.init.xavier_uniform_(network.head.weight)
+    h = np.concatenate([two_channels()[:, :, :, :8], two_channels()[:, :, :, 8:]])
+    tasks, grids = np.array(["time", "frequency", "frequency", "time"]), np.tile(np.array([2, 1, 2], np.int16), (4, 1))
+    inputs = {name: torch.from_numpy(values) for name, values in network_inputs(patchify(h), grids, tasks).items()}
+    with torch.no_grad():
+        together = network(**inputs)
+        alone = [network(**{name: values[row : row + 1] for name, values in inputs.items()}) for row in range(4)]
+    assert torch.allclose(together, torch.cat(alone), atol=1e-5)
+    over_time = way_on(inputs["visible_at"], inputs["wanted_at"]).over_time_B11.flatten()
+    assert over_time.tolist() == [True, False, False, True]
+
+
 def test_a_lone_path_is_the_same_to_every_aligned_network():
     """What is left of one path behind the turn is a one: whatever its Doppler, delay, angle and power."""
     t, a, k = np.ogrid[:8, :4, :16]
@@ -192,10 +207,16 @@ def test_nothing_gets_larger_than_what_was_seen_and_keeps_its_phase():
     assert np.allclose(after / np.abs(after), before / np.abs(before), atol=1e-5)
 
 
-def both_lines(patches):
-    """Lines along time and along frequency, as the runs take them."""
-    lines = lines_of(patches)
-    return torch.cat([lines[axis].unflatten(2, (-1, LINES)).flatten(3) for axis in RUNS], dim=1)
+def lines_over(task, patches):
+    """Lines along time, or along frequency, as a run takes them."""
+    return lines_of(patches)[0 if task == "time" else 2].reshape(len(patches), -1, 128)
+
+
+def way_over(task, grid, n):
+    """The way from the first half of a grid to the second."""
+    at = torch.as_tensor(coordinates(grid)).float().expand(n, -1, -1)
+    seen = at[0, :, 0 if task == "time" else 2] < grid[0 if task == "time" else 2] // 2
+    return way_on(at[:, seen], at[:, ~seen]), seen
 
 
 def noisy_paths(rng, noise=0.01):
@@ -211,31 +232,32 @@ def noisy_paths(rng, noise=0.01):
     return (torch.from_numpy(patchify(x.astype(np.complex64))) for x in (h, h + white))
 
 
-def test_cleaning_is_the_wiener_filter_across_the_run():
+@pytest.mark.parametrize(("task", "axes"), [("time", (3, 4)), ("frequency", (2, 3))])
+def test_cleaning_is_the_wiener_filter_across_the_run(task, axes):
     """Over time: along antennas and subcarriers, written out with complex matrices; over frequency: time and antennas."""
     rng, noise = np.random.default_rng(2), 0.02
     _, received = noisy_paths(rng, noise)
     received = received / received.square().mean(dim=(1, 2), keepdim=True).mul(2).sqrt()
     lines = lines_of(received)
-    found = cleaned(lines, products_of(lines), noise)
+    found = cleaned(way_over(task, (2, 2, 2), 3)[0], lines, products_of(lines), noise)
     x = received.numpy().view(np.complex64).reshape(3, 8, 4, 4, 4)  # sample, patch, time, antenna, subcarrier
-    for run, axes in enumerate(((3, 4), (2, 3))):
-        expected = x
-        for axis in axes:
-            lines = np.moveaxis(x, axis, -1).reshape(3, -1, 4)
-            covariance = np.einsum("bni,bnj->bij", lines.conj(), lines) / lines.shape[1] + LOADING * noise * np.eye(4)
-            weights = np.eye(4) - noise * np.linalg.inv(covariance)
-            expected = np.moveaxis(np.einsum("b...i,bij->b...j", np.moveaxis(expected, axis, -1), weights), -1, axis)
-        patches = np.ascontiguousarray(expected.reshape(3, 8, 64)).astype(np.complex64).view(np.float32)
-        assert np.allclose(found[:, run].numpy(), both_lines(torch.from_numpy(patches))[:, run].numpy(), atol=1e-3)
+    expected = x
+    for axis in axes:
+        lines = np.moveaxis(x, axis, -1).reshape(3, -1, 4)
+        covariance = np.einsum("bni,bnj->bij", lines.conj(), lines) / lines.shape[1] + LOADING * noise * np.eye(4)
+        weights = np.eye(4) - noise * np.linalg.inv(covariance)
+        expected = np.moveaxis(np.einsum("b...i,bij->b...j", np.moveaxis(expected, axis, -1), weights), -1, axis)
+    patches = np.ascontiguousarray(expected.reshape(3, 8, 64)).astype(np.complex64).view(np.float32)
+    assert np.allclose(found.numpy(), lines_over(task, torch.from_numpy(patches)).numpy(), atol=1e-3)
 
 
-def test_cleaning_takes_noise_out_of_few_paths():
+@pytest.mark.parametrize("task", ["time", "frequency"])
+def test_cleaning_takes_noise_out_of_few_paths(task):
     clean, received = noisy_paths(np.random.default_rng(3))
     before = (received - clean).square().mean()
     lines = lines_of(received)
-    for found, true in zip(cleaned(lines, products_of(lines), 0.01).unbind(1), both_lines(clean).unbind(1), strict=True):
-        assert (found - true).square().mean() < 0.7 * before
+    found = cleaned(way_over(task, (2, 2, 2), 3)[0], lines, products_of(lines), 0.01)
+    assert (found - lines_over(task, clean)).square().mean() < 0.7 * before
 
 
 @pytest.mark.parametrize("task", ["time", "frequency"])
@@ -248,10 +270,9 @@ def test_three_paths_are_continued(task):
         gains = rng.standard_normal((2, 1, 4, 1)) + 1j * rng.standard_normal((2, 1, 4, 1))
         h += gains * np.exp(1j * (doppler * t + delay * k))
     h /= np.sqrt(np.mean(np.abs(h) ** 2))
-    at = torch.as_tensor(coordinates((4, 1, 4))).float().expand(2, -1, -1)
     patches = torch.from_numpy(patchify(h.astype(np.complex64)))
-    seen = at[0, :, 0 if task == "time" else 2] < 2
-    found, moves, _ = continued(at[:, seen], at[:, ~seen], both_lines(patches[:, seen]), ridge=1e-6)
+    way, seen = way_over(task, (4, 1, 4), 2)
+    found, moves = continued(way, lines_over(task, patches[:, seen]), ridge=1e-6)
     assert moves.all()
     found, true, known = (np.ascontiguousarray(x.numpy()).view(np.complex64) for x in (found, patches[:, ~seen], patches[:, seen]))
     bounded = np.abs(true) <= np.abs(known).max(axis=(1, 2), keepdims=True)
@@ -261,8 +282,9 @@ def test_three_paths_are_continued(task):
 def test_where_no_pair_of_patches_leads_the_nearest_is_repeated():
     patches, at = torch.randn(1, 2, 128), torch.tensor([[[0.0, 0.0, 0.0], [0.0, 0.0, 3.0]]])
     wanted = torch.tensor([[[1.0, 0.0, 0.0], [0.0, 0.0, 2.0], [0.0, 1.0, 0.0]]])
-    _, moves, near = continued(at, wanted, both_lines(patches))
-    assert not moves.any() and torch.equal(near @ patches, patches[:, [0, 1, 0]])
+    way = way_on(at, wanted)
+    _, moves = continued(way, lines_over("time", patches))
+    assert not moves.any() and torch.equal(way.near_BMV @ patches, patches[:, [0, 1, 0]])
     own = aligned(patches, at, wanted, 0.01)
     found = own.patches_BLE
     assert torch.equal(found[:, 2:], found[:, [0, 1, 0]]) and not torch.allclose(own.turn.back(found[:, 2:]), patches[:, [0, 1, 0]])

@@ -62,6 +62,38 @@ def test_torch_and_onnx_agree(toy):
         np.testing.assert_allclose(one_by_one[name], together[name], atol=1e-6)
 
 
+class Corners(torch.nn.Module):
+    """Cuts along two axes, of which the first is looked at on its own where `shared`."""
+
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        self.shared = shared
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x[:, 1:3]
+        corner = rows[:, :, :2] * 2.0
+        return corner + rows[:, :, 2:4] if self.shared else corner + x[:, 2:4, 1:3]
+
+
+@pytest.mark.parametrize(("shared", "slices"), [(False, 2), (True, 3)])
+def test_slices_in_a_row_become_one_where_nothing_else_reads_between_them(shared, slices, tmp_path):
+    """One operator a corner instead of one an axis; what is read twice is cut once; the numbers are the same."""
+    signature = ModelSignature(
+        name="corners",
+        budget_us=100,
+        inputs=(TensorSpec(name="x", axes=("row", "column"), shape=(4, 5), unit="1"),),
+        outputs=(TensorSpec(name="y", axes=("row", "column"), shape=(2, 2), unit="1"),),
+    )
+    module = Corners(shared)
+    export_onnx(module, signature, tmp_path / "corners.onnx", {})
+    graph = verify_onnx(tmp_path / "corners.onnx").graph
+    assert sum(node.op_type == "Slice" for node in graph.node) == slices
+    assert {tensor.name for tensor in graph.initializer} <= {name for node in graph.node for name in node.input}
+    x = np.random.default_rng(0).standard_normal((3, 4, 5)).astype(np.float32)
+    found = run_batches(load_session(tmp_path / "corners.onnx"), {"x": x})["y"]
+    np.testing.assert_array_equal(found, module(torch.from_numpy(x)).numpy())
+
+
 def test_file_is_deterministic_and_carries_its_identity(toy, tmp_path):
     """Same weights, same bytes; metadata and signature come back; nothing of this machine is inside."""
     again = tmp_path / "again.onnx"

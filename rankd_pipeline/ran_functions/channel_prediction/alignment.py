@@ -16,7 +16,8 @@ from torch import Tensor
 
 from rankd_pipeline.ran_functions.channel_prediction.config import PATCH
 from rankd_pipeline.ran_functions.channel_prediction.runs import (
-    TO_LAG_AND_POWER,
+    TO_LAG,
+    TO_POWER,
     bounded,
     cleaned,
     continued,
@@ -24,6 +25,7 @@ from rankd_pipeline.ran_functions.channel_prediction.runs import (
     patches_of,
     planes_of,
     products_of,
+    way_on,
 )
 
 TO_FACTOR = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.0, -1.0, 1.0, 0.0]])
@@ -88,45 +90,47 @@ def aligned(patches_BVE: Tensor, visible_at: Tensor, wanted_at: Tensor, noise: T
     patches, seen = patches_BVE.float(), patches_BVE.shape[1]
     lines = lines_of(patches)
     products = products_of(lines)
-    run, moves, near_BMV = continued(visible_at, wanted_at, cleaned(lines, products, noise))
+    way = way_on(visible_at, wanted_at)
+    run, moves = continued(way, cleaned(way, lines, products, noise))
     planes = bounded(planes_of(torch.cat([patches, run], dim=1)), seen)
     planes, turn = _turned(planes, torch.cat([visible_at, wanted_at], dim=1), products, seen)
     visible, run = patches_of(planes).tensor_split([seen], dim=1)
-    run = torch.where(moves, run, near_BMV @ visible)
+    run = torch.where(moves, run, way.near_BMV @ visible)
     return Aligned(torch.cat([visible, run], dim=1), run, turn.behind(seen))
 
 
 def _turned(planes_B2N: Tensor, at: Tensor, products: Tensor, seen: int) -> tuple[Tensor, Turn]:
     """All patches in the frame of the first `seen`, of whose lines `products` are."""
-    half_steps, power = _half_steps_and_power(products, seen)
-    to_patch = at.to(half_steps.dtype) @ (2 * PATCH * half_steps)[:, :, None]
+    half_steps = _half_steps(products)
+    to_patch = at.to(half_steps.dtype) @ (2 * PATCH * half_steps)
     inside = torch.cartesian_prod(*[torch.arange(PATCH, dtype=half_steps.dtype, device=at.device)] * 3)
-    within = half_steps[:, None] @ (2 * inside.T)
+    within = (2 * inside) @ half_steps
     # Sines are slow: few of them, and their products. cos(x) is sin(x + pi / 2).
     quarters = (math.pi / 2) * torch.tensor([1, 0, 1, 2, 2, 3, 0, 1], dtype=half_steps.dtype, device=at.device)
     of_patch = torch.sin(to_patch + quarters[:2]).float()  # cos, sin
-    of_entry = torch.sin(within + quarters[2:, None]).float()  # for the cosine of the sum, its sine with minus, its sine
-    cos, sin = (of_patch[:, None] @ of_entry.unflatten(1, (3, 2))).flatten(2).split([1, 2], dim=1)
+    of_entry = torch.sin(within + quarters[2:]).float()  # for the cosine of the sum, its sine with minus, its sine
+    cos, sin = (of_patch[:, None] @ of_entry.transpose(1, 2).unflatten(1, (3, 2))).flatten(2).split([1, 2], dim=1)
     turned = _rotated(planes_B2N, cos, sin)
     total = turned[:, :, : seen * PATCH**3].double().sum(dim=-1)
-    unit = (total / torch.sqrt((total * total).sum(dim=-1, keepdim=True)).clamp_min(1e-9)).float()
-    level = torch.sqrt(power.float()).clamp_min(1e-6)[..., None]
-    factor = (unit @ TO_FACTOR.to(unit)).unflatten(-1, (2, 2))
-    into, back = factor.transpose(1, 2) / level, factor * level
-    return into @ turned, Turn(2 * half_steps.float(), cos, sin, into, back)
+    power = products[:, 0] @ (TO_POWER / (seen * PATCH**3)).to(products)
+    scale = torch.sqrt((total * total).sum(dim=-1, keepdim=True) * power)
+    # The phase of the whole over the root of its power: times the power, it is the way back.
+    back = ((total / scale.clamp_min(1e-15)).float() @ TO_FACTOR.to(total.device)).unflatten(-1, (2, 2))
+    into = back.transpose(1, 2)
+    return into @ turned, Turn(2 * half_steps[..., 0].float(), cos, sin, into, back * power.float()[:, None])
 
 
-def _half_steps_and_power(products: Tensor, seen: int) -> tuple[Tensor, Tensor]:
-    """Half the phase [B, 3] of the mean lag-one product along instants, antennas and subcarriers, and the mean power [B, 1].
+def _half_steps(products: Tensor) -> Tensor:
+    """Half the phase [B, 3, 1] of the mean lag-one product along instants, antennas and subcarriers.
 
     An arctangent of two arguments is many operators in a runtime; tan(x / 2) = sin(x) / (1 + cos(x)) takes one of one
     argument. The least number in the numerator makes a product that is real and negative pi.
     """
-    found = products @ TO_LAG_AND_POWER.to(products)
-    re, im = found[..., 0], found[..., 1]
-    tangent = (im + 1e-30) / (torch.sqrt(re * re + im * im) + re).clamp_min(1e-36)
+    found = products @ TO_LAG.to(products)
+    size = torch.sqrt((found * found).sum(dim=-1, keepdim=True))
+    tangent = (found[..., 1:] + 1e-30) / (size + found[..., :1]).clamp_min(1e-36)
     # Onnxruntime has no arctangent in double precision; any step near the mean will do, as long as it is undone exactly.
-    return torch.atan(tangent.float()).to(products.dtype), found[:, 0, 2:] / (seen * PATCH**3)
+    return torch.atan(tangent.float()).to(products.dtype)
 
 
 def _rotated(planes_B2N: Tensor, cos_B1N: Tensor, sin_B2N: Tensor) -> Tensor:

@@ -5,8 +5,9 @@ subcarriers tell channel from noise. Both models are the sample's own, fitted to
 
 Sums over a sample, inverses and powers of matrices are in double precision: in single, torch and a runtime would differ by a
 per cent. A runtime spends its time here on starting operators, on broadcasts of short axes and on transpositions of single
-numbers. So both runs, or all three axes, go through one operator; of a patch's axes one moves at a time, real and imaginary
-part side by side; and where these are multiplied, they stand as two planes.
+numbers. So a sample is run on over one axis, and what that is decides where its lines come from, not how they go on; all axes
+go through one operator; of a patch's axes one moves at a time, real and imaginary part side by side; and where these are
+multiplied, they stand as two planes.
 
 Shapes: B samples, V visible and M wanted patches, L of any, E = 2 * PATCH**3 real numbers a patch, N = L * PATCH**3 entries. A
 line is PATCH entries along an axis, 2 * PATCH numbers. Complex numbers stand as pairs (re, im), because ONNX has no others.
@@ -14,9 +15,11 @@ line is PATCH entries along an axis, 2 * PATCH numbers. Complex numbers stand as
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from rankd_pipeline.ran_functions.channel_prediction.config import ELEMENTS, PATCH
 
@@ -27,8 +30,6 @@ LOADING = 0.1
 REACH = 4
 """Patches that a run is continued over; behind them its last value stays."""
 RIDGE = 1e-3
-RUNS = (0, 2)
-"""The axes over which a channel is continued: time and frequency."""
 LINES = PATCH * PATCH
 FAR = 4096.0
 """More places than any axis has: (1, FAR, FAR**2) makes one number of three places."""
@@ -70,9 +71,8 @@ def _as_real(re: Tensor, im: Tensor) -> Tensor:
 
 
 def _covariance(square: Tensor) -> Tensor:
-    """A Hermitian matrix as a real one, beside a place for a unit matrix."""
-    real = _as_real(*_hermitian(square))
-    return torch.cat([real, torch.zeros_like(real)], dim=-1)
+    """A Hermitian matrix as a real one."""
+    return _as_real(*_hermitian(square))
 
 
 def _lag_and_power(square: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ def _lag_and_power(square: Tensor) -> Tensor:
 
 
 def _normal_equations(square: Tensor) -> Tensor:
-    """[..., 2 ORDER, 2 ORDER + 1] of the autoregressive model, from the products of lines over two patches.
+    """[..., 2 ORDER, 2 ORDER + 1] of the autoregressive model, the right side negated, from the products of lines of two patches.
 
     Sums over all windows of ORDER + 1 entries; one read backwards and conjugated has them mirrored at the antidiagonal.
     """
@@ -92,7 +92,7 @@ def _normal_equations(square: Tensor) -> Tensor:
     re, im = (part + part.flip(-1, -2).transpose(-1, -2) for part in (re, im))
     matrix = _as_real(re[..., :ORDER, :ORDER], -im[..., :ORDER, :ORDER])
     right = torch.stack([re[..., :ORDER, ORDER], im[..., :ORDER, ORDER]], dim=-1).flatten(-2)
-    return torch.cat([matrix, right[..., None]], dim=-1)
+    return torch.cat([matrix, -right[..., None]], dim=-1)
 
 
 def _recursion(weights: Tensor) -> Tensor:
@@ -102,9 +102,11 @@ def _recursion(weights: Tensor) -> Tensor:
 
 
 TO_COVARIANCE = Sums(_covariance, 2 * PATCH, 2 * PATCH)
-TO_LAG_AND_POWER = _lag_and_power(torch.eye(4 * PATCH**2, dtype=torch.float64).unflatten(-1, (2 * PATCH, 2 * PATCH)))
+TO_LAG, TO_POWER = _lag_and_power(torch.eye(4 * PATCH**2, dtype=torch.float64).unflatten(-1, (2 * PATCH, 2 * PATCH))).split(
+    [2, 1], -1
+)
 TO_EQUATIONS = Sums(_normal_equations, 4 * PATCH, 4 * PATCH)
-TO_RECURSION = _recursion(torch.eye(2 * ORDER)).flatten(1)
+TO_RECURSION = _recursion(torch.eye(2 * ORDER)).flatten(1).T
 SHIFT = torch.diag(torch.ones(2 * ORDER - 2), 2)
 """What becomes of a state in one step, but for the new entry."""
 
@@ -121,18 +123,18 @@ def patches_of(planes_B2N: Tensor) -> Tensor:
 
 def lines_of(patches_BVE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """All lines of a sample along time, antennas and frequency, [B, 1, V * 16, 8] each."""
-    along_frequency = patches_BVE.reshape(-1, 1, patches_BVE.shape[1] * LINES, 2 * PATCH)
-    return _first_axis_last(along_frequency), _last_axis_first(along_frequency), along_frequency
+    shape = (1, patches_BVE.shape[1] * LINES, 2 * PATCH)
+    return _first_axis_last(patches_BVE, shape), _last_axis_first(patches_BVE, shape), patches_BVE.reshape(-1, *shape)
 
 
-def _first_axis_last(numbers: Tensor) -> Tensor:
-    """Patches (of whatever shape) with the first of their three axes behind the other two."""
-    return numbers.reshape(-1, PATCH, LINES, 2).transpose(1, 2).reshape(-1, *numbers.shape[1:])
+def _first_axis_last(numbers: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Patches, however cut, with the first of their three axes behind the other two, [B, *shape]."""
+    return numbers.reshape(-1, PATCH, LINES, 2).transpose(1, 2).reshape(-1, *shape)
 
 
-def _last_axis_first(numbers: Tensor) -> Tensor:
+def _last_axis_first(numbers: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The inverse of `_first_axis_last`."""
-    return numbers.reshape(-1, LINES, PATCH, 2).transpose(1, 2).reshape(-1, *numbers.shape[1:])
+    return numbers.reshape(-1, LINES, PATCH, 2).transpose(1, 2).reshape(-1, *shape)
 
 
 def products_of(lines: tuple[Tensor, Tensor, Tensor]) -> Tensor:
@@ -141,68 +143,90 @@ def products_of(lines: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     return (numbers.transpose(-1, -2) @ numbers).flatten(-2)
 
 
-def cleaned(lines: tuple[Tensor, Tensor, Tensor], products: Tensor, noise: Tensor | float) -> Tensor:
-    """Patches as lines along time, and as lines along frequency [B, 2, V, E], each with less noise, for a run over that axis.
+@dataclass(frozen=True)
+class Way:
+    """How a sample is run on: over time if a wanted patch is later than the visible one nearest to it, else over frequency.
+
+    over_time_B11: which of the two. near_BMV: the nearest visible patch of each wanted one, as a one in its column. ahead_BM1:
+    how many patches it lies behind that along the axis. before_BVV: the neighbour before each visible patch, likewise; or zeros.
+    """
+
+    over_time_B11: Tensor
+    near_BMV: Tensor
+    ahead_BM1: Tensor
+    before_BVV: Tensor
+
+
+def way_on(visible_at: Tensor, wanted_at: Tensor) -> Way:
+    """The way from visible to wanted patches, from where both lie [B, V, 3] and [B, M, 3]."""
+    visible, wanted = visible_at.float(), wanted_at.float()
+    near_BMV = _nearest(visible, wanted)
+    offset = wanted - near_BMV @ visible
+    in_time, in_frequency = offset[..., :1], offset[..., 2:]
+    over_time = in_time.amax(dim=1, keepdim=True) > 0
+    number = visible_at.double() @ torch.tensor([[1.0], [FAR], [FAR**2]], dtype=torch.float64, device=visible.device)
+    step = torch.where(over_time, 1.0, FAR**2)
+    before = (number - number.transpose(1, 2) == step).float()
+    return Way(over_time, near_BMV, torch.where(over_time, in_time, in_frequency), before)
+
+
+def cleaned(way: Way, lines: tuple[Tensor, Tensor, Tensor], products: Tensor, noise: Tensor | float) -> Tensor:
+    """Patches as lines along the run [B, V, E] with less noise, from `lines_of` and `products_of`.
 
     Along an axis the entries of a sample are correlated as its own covariance R says, which the four entries of all lines in
     all visible patches give; the Wiener filter of white noise (noise: its power over the channel's) is I - noise R^-1. Only
     the two axes across the run are filtered: along it, the filter would bend the recursion.
     """
-    by_time, by_antenna, by_frequency = _wiener(products, noise).float().split(1, dim=1)
-    across = lines[1] @ by_antenna
-    over_time = _first_axis_last(_first_axis_last(across) @ by_frequency)
-    over_frequency = _last_axis_first(_last_axis_first(across) @ by_time)
-    return torch.cat([found.reshape(-1, 1, found.shape[2] // LINES, ELEMENTS) for found in (over_time, over_frequency)], dim=1)
+    over_time = way.over_time_B11
+    across = torch.where(over_time, products[:, 1:], products[:, :2])
+    first, second = _wiener(across, noise).float().split(1, dim=1)
+    along_run = torch.where(over_time[..., None], lines[0], lines[2])
+    shape = along_run.shape[1:]
+    found = _last_axis_first(_last_axis_first(along_run, shape) @ second, shape) @ first
+    return _last_axis_first(found, (shape[1] // LINES, ELEMENTS))
 
 
 def _wiener(products: Tensor, noise: Tensor | float) -> Tensor:
-    """Filters [B, 3, 8, 8], to be multiplied from the right, from the products of all lines along each axis [B, 3, 64]."""
-    size = 2 * PATCH
-    power = (products @ TO_LAG_AND_POWER.to(products))[..., 2:] / PATCH
-    unit = torch.eye(size, dtype=products.dtype, device=products.device)
-    beside = torch.cat([(LOADING * noise + 1e-6) * unit, unit], dim=-1)
-    covariance = TO_COVARIANCE(products / power.clamp_min(1e-12))
-    return unit - noise * _eliminated(covariance + beside)[..., size:]
+    """Filters [B, axes, 8, 8], to be multiplied from the right, from the products of all lines along each axis [B, axes, 64]."""
+    power = products @ (TO_POWER / PATCH).to(products)
+    unit = torch.eye(2 * PATCH, dtype=products.dtype, device=products.device)
+    covariance = TO_COVARIANCE(products / power.clamp_min(1e-12)) + (LOADING * noise + 1e-6) * unit
+    return unit + noise * _minus_inverse(covariance)
 
 
-def _eliminated(work: Tensor) -> Tensor:
-    """[A | Y] -> [1 | A^-1 Y], of complex Hermitian positive definite A as real ones: [..., 2 n, 2 n + columns of Y]."""
-    size, columns = work.shape[-2:]
-    unit = torch.eye(columns, size, dtype=work.dtype, device=work.device)
-    for i in range(0, size, 2):  # Gauss and Jordan on real and imaginary part at once: their pivot is one real, positive number
-        pair = slice(i, i + 2)
-        rows, own = work[..., pair, :], unit[:, pair]
-        rows = rows / (rows @ own.sum(dim=-1, keepdim=True))
-        work = work - (work[..., pair] - own[:size]) @ rows
-    return work
+def _minus_inverse(matrix: Tensor) -> Tensor:
+    """-A^-1 of complex Hermitian positive definite matrices, as real ones [..., 2 n, 2 n].
 
-
-def continued(visible_at: Tensor, wanted_at: Tensor, lines: Tensor, ridge: float = RIDGE) -> tuple[Tensor, Tensor, Tensor]:
-    """Each wanted patch [B, M, E] as the run of the nearest visible one, over time or, at the same time, over frequency.
-
-    Autoregressive models along both axes, fitted to each sample by ridge least squares over the windows of all pairs of
-    neighbouring visible patches, forwards and (conjugated) backwards.
-    lines: what the runs over time and over frequency are fitted to and start from [B, 2, V, E] (as `cleaned` gives them).
-    Also returns whether a pair leads to the patch [B, M, 1] (what the run says is worth nothing otherwise), and the nearest
-    visible patch [B, M, V] as a one in its column.
+    Eliminating A from [[A, 1], [1, 0]] leaves it where the zeros were. All that stays symmetric, so that a column is the row
+    too; real and imaginary part go at once, because their pivot is one real, positive number.
     """
-    visible, wanted = visible_at.float(), wanted_at.float()
-    pairs, paired = _pairs(lines, visible)
-    near_BMV = _nearest(visible, wanted)
-    offset = wanted - near_BMV @ visible
-    in_time, in_frequency = offset[..., :1], offset[..., 2:]
-    over_time = in_time > 0
-    ahead = torch.where(over_time, in_time, in_frequency)
-    # One column for each patch and way to go on from it.
-    chosen = torch.where(over_time, near_BMV, 0.0)
-    chosen = torch.cat([chosen, near_BMV - chosen], dim=-1)
-    known = (chosen @ paired.flatten(1, 2)) > 0
-    moves = known & (ahead > 0) & (in_time >= 0)
-    state = (chosen @ pairs.flatten(3).flatten(1, 2)).unflatten(-1, (LINES, 4 * PATCH))
-    weights = several_steps(fitted(pairs, ridge)) @ STATE.to(torch.float64)
-    weights = weights.float().reshape(-1, 2 * REACH * PATCH, 8 * PATCH)
-    run = (state @ _at_steps(weights, over_time, ahead).transpose(-1, -2)).flatten(2)
-    return torch.where(over_time, _last_axis_first(run), run), moves, near_BMV
+    size = matrix.shape[-1]
+    unit = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
+    nothing = torch.zeros_like(unit)
+    border = torch.cat([torch.cat([nothing, unit], dim=1), torch.cat([unit, nothing], dim=1)])
+    work = functional.pad(matrix, (0, size, 0, size)) + border
+    for i in range(0, size, 2):
+        column = work[..., i : i + 2]
+        work = work - (column / column[..., i : i + 1, :1]) @ column.transpose(-1, -2)
+    return work[..., size:, size:]
+
+
+def continued(way: Way, lines: Tensor, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
+    """Each wanted patch [B, M, E] as the run of the nearest visible one, and whether one leads there [B, M, 1].
+
+    An autoregressive model along the axis of the run, fitted to each sample by ridge least squares over the windows of all
+    pairs of neighbouring visible patches, forwards and (conjugated) backwards. Where no pair leads to a patch, what the run says
+    of it is worth nothing.
+    lines: what the model is fitted to and starts from [B, V, E] (as `cleaned` gives them).
+    """
+    has = way.before_BVV.sum(dim=-1, keepdim=True)
+    both = [part.unflatten(-1, (LINES, 2 * PATCH)) for part in (way.before_BVV @ lines, lines * has)]
+    pairs = torch.cat(both, dim=-1)  # [B, V, 16, 16]: the neighbour's line before each line
+    moves = (way.near_BMV @ has > 0) & (way.ahead_BM1 > 0)
+    state = (way.near_BMV @ pairs.flatten(2)).unflatten(-1, (LINES, 4 * PATCH))
+    weights = (several_steps(fitted(pairs, ridge)) @ STATE.to(torch.float64)).float()
+    run = state @ _at_steps(weights, way.ahead_BM1).transpose(-1, -2)
+    return torch.where(way.over_time_B11, _last_axis_first(run, (run.shape[1], ELEMENTS)), run.flatten(2)), moves
 
 
 def bounded(planes_B2N: Tensor, seen: int) -> Tensor:
@@ -220,40 +244,27 @@ def _nearest(visible: Tensor, wanted: Tensor) -> Tensor:
     return (away.argmin(dim=-1, keepdim=True) == torch.arange(visible.shape[1], device=visible.device)).float()
 
 
-def _at_steps(weights: Tensor, over_time: Tensor, ahead: Tensor) -> Tensor:
-    """Of all weights [B, 2 * 16, 32] (axis, step) those by which each wanted patch is reached: [B, M, (step, re or im), 16]."""
+def _at_steps(weights: Tensor, ahead: Tensor) -> Tensor:
+    """Of the weights of all steps [B, (step, re or im), 16] those that lead to each wanted patch, [B, M, (step, re or im), 16]."""
     inside = torch.arange(-PATCH, 0, device=ahead.device)
-    step_BMP = (PATCH * ahead + inside).clamp(0, REACH * PATCH - 1) + torch.where(over_time, 0.0, REACH * PATCH)
-    chosen = step_BMP.reshape(-1, ahead.shape[1] * PATCH, 1) == torch.arange(weights.shape[1], device=ahead.device)
-    return (chosen.float() @ weights).reshape(-1, ahead.shape[1], 2 * PATCH, 4 * PATCH)
-
-
-def _pairs(lines: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-    """Lines over two patches [B, 2, V, 16, 16]: the neighbour's before each, then its own, along both axes; or zeros.
-
-    And whether there is a neighbour [B, 2, V, 1].
-    """
-    base = torch.tensor([[1.0], [FAR], [FAR**2]], dtype=torch.float64, device=at.device)
-    number, step = at.double() @ base, base[list(RUNS), :, None]
-    before = ((number - number.transpose(1, 2))[:, None] == step).float()
-    has = before.sum(dim=-1, keepdim=True)
-    both = [part.unflatten(-1, (LINES, 2 * PATCH)) for part in (before @ lines, lines * has)]
-    return torch.cat(both, dim=-1), has
+    step_BMP = (PATCH * ahead + inside).clamp(0, REACH * PATCH - 1)
+    chosen = step_BMP.reshape(-1, ahead.shape[1] * PATCH, 1) == torch.arange(REACH * PATCH, device=ahead.device)
+    found = chosen.float() @ weights.reshape(-1, REACH * PATCH, 8 * PATCH)
+    return found.reshape(-1, ahead.shape[1], 2 * PATCH, 4 * PATCH)
 
 
 def fitted(pairs: Tensor, ridge: float = RIDGE) -> Tensor:
-    """Weights [..., 2 ORDER] of the entry that follows a state, from lines [..., V, 16, 4 PATCH] over two patches."""
-    rows = pairs.flatten(-3, -2).double()
-    equations = TO_EQUATIONS((rows.transpose(-1, -2) @ rows).flatten(-2))
-    unit = torch.eye(2 * ORDER, 2 * ORDER + 1, dtype=rows.dtype, device=rows.device)
-    level = (equations * unit).sum(dim=(-1, -2), keepdim=True) / (2 * ORDER)
-    return _eliminated(equations + (ridge * level + 1e-6) * unit)[..., -1]
+    """Weights [B, 2 ORDER, 1] of the entry that follows a state, from lines of two patches [B, V, 16, 4 PATCH]."""
+    rows = pairs.flatten(1, 2).double()
+    matrix, minus_right = TO_EQUATIONS((rows.transpose(-1, -2) @ rows).flatten(-2)).split([2 * ORDER, 1], dim=-1)
+    unit = torch.eye(2 * ORDER, dtype=rows.dtype, device=rows.device)
+    level = (matrix * unit).sum(dim=(-1, -2), keepdim=True)
+    return _minus_inverse(matrix + (ridge / (2 * ORDER) * level + 1e-6) * unit) @ minus_right
 
 
 def several_steps(weights: Tensor) -> Tensor:
-    """Weights of a state one, two, ... steps later [..., (step, re or im), 2 ORDER], from those of one step [..., 2 ORDER]."""
-    size = 2 * ORDER
-    power = (weights @ TO_RECURSION.to(weights)).unflatten(-1, (size, size)) + SHIFT.to(weights)
+    """Weights of a state one, two, ... steps later [B, (step, re or im), 2 ORDER], from those of one step [B, 2 ORDER, 1]."""
+    power = (TO_RECURSION.to(weights) @ weights).reshape(-1, 2 * ORDER, 2 * ORDER) + SHIFT.to(weights)
     found = power[..., -2:, :]
     while found.shape[-2] < 2 * REACH * PATCH:
         found = torch.cat([found, found @ power], dim=-2)

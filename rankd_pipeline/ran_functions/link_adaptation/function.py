@@ -52,7 +52,7 @@ class LinkAdaptation(RanFunction):
         Metric("settling_slots", "slots", higher_is_better=False, is_rate=False),
     )
     gap_baseline = "olla"
-    code_versions = {"simulate": "14", "labels": "9", "networks": "2", "baselines": "6", "metrics": "6"}
+    code_versions = {"simulate": "16", "labels": "11", "networks": "2", "baselines": "6", "metrics": "6"}
 
     def corpus_config(self, raw: Mapping[str, Any]) -> LinkCorpusConfig:
         return validated(LinkCorpusConfig, dict(raw), "steps.corpus.simulation")
