@@ -99,7 +99,9 @@ def test_teacher_and_student_see_the_same_view_and_the_teacher_gets_no_gradient(
     torch.stack([taught for _, taught in losses]).sum().backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
     trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert {"student.embed.weight", "student.encoder.0.query.weight", "student.decoder.0.key.weight"} <= trained
+    assert {"student.embed.weight", "student.encoder.0.attend.weight", "student.decoder.0.attend.weight"} <= trained
+    gradients = dict(model.named_parameters())["student.encoder.0.attend.weight"].grad
+    assert gradients is not None and all(part.any() for part in gradients.chunk(3)[:2])  # of queries and keys
     assert any("selectors" in name for name in trained)
     assert not any(name.startswith("view") for name, _ in model.named_parameters())
 

@@ -114,8 +114,9 @@ def _turned(planes_B2N: Tensor, at: Tensor, products: Tensor, seen: int) -> tupl
     total = turned[:, :, : seen * PATCH**3].double().sum(dim=-1)
     power = products[:, 0] @ (TO_POWER / (seen * PATCH**3)).to(products)
     scale = torch.sqrt((total * total).sum(dim=-1, keepdim=True) * power)
-    # The phase of the whole over the root of its power: times the power, it is the way back.
-    back = ((total / scale.clamp_min(1e-15)).float() @ TO_FACTOR.to(total.device)).unflatten(-1, (2, 2))
+    # The phase of the whole over the root of its power: times the power, it is the way back. (In double precision until here:
+    # a product of single numbers with constants is taken for a layer, and put into eight bits, by whoever makes an INT8 file.)
+    back = (total / scale.clamp_min(1e-15) @ TO_FACTOR.to(total)).float().unflatten(-1, (2, 2))
     into = back.transpose(1, 2)
     return into @ turned, Turn(2 * half_steps[..., 0].float(), cos, sin, into, back * power.float()[:, None])
 

@@ -42,7 +42,7 @@ class ChannelPrediction(RanFunction):
     secondary_metrics = (Metric("nmse_clean", "dB", higher_is_better=False, is_rate=False, aggregate=BY_SET_AND_TASK),)
     gap_baseline = "hold"
     self_labelled = True
-    code_versions = {"simulate": "6", "labels": "18", "networks": "15", "baselines": "14", "metrics": "4"}
+    code_versions = {"simulate": "6", "labels": "19", "networks": "16", "baselines": "15", "metrics": "4"}
 
     def corpus_config(self, raw: Mapping[str, Any]) -> ChannelCorpusConfig:
         return validated(ChannelCorpusConfig, dict(raw), "steps.corpus.simulation")
