@@ -14,9 +14,9 @@ from filelock import FileLock
 from rankd_pipeline.orchestration.setup import initialise
 from rankd_pipeline.settings import TELEMETRY_OFF, Settings, settings
 
-# How long an example takes says how busy the host is; no test is timed.
-hypothesis.settings.register_profile("untimed", deadline=None)
-hypothesis.settings.load_profile("untimed")
+# Generated cases are judged by what they find, not by how busy the host is.
+hypothesis.settings.register_profile("no-deadline", deadline=None)
+hypothesis.settings.load_profile("no-deadline")
 
 SERVERS = ("RANKD_STORE", "RANKD_MLFLOW_URI", "RANKD_DAGSTER_POSTGRES_URL", "RANKD_WORKERS", "RANKD_MLFLOW_PORT")
 

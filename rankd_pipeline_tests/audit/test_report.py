@@ -201,7 +201,7 @@ def test_a_schema_must_hang_together() -> None:
         ColumnSpec(name="a", dtype="float32", axes=("x",), shape=(2, 3))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(-5, 5), min_size=1, max_size=60), st.integers(1, 20))
 def test_spill_keeps_every_record_and_keeps_keys_together(keys: list[int], limit: int) -> None:
     spill = Spill(np.dtype([("key", "<i8"), ("n", "<i8")]), "key", limit)
@@ -214,7 +214,7 @@ def test_spill_keeps_every_record_and_keeps_keys_together(keys: list[int], limit
     assert sum(len(s) for s in seen) == len(set(keys))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.lists(st.floats(-1e3, 1e3, width=32), min_size=3, max_size=3), min_size=2, max_size=30))
 def test_rows_hash_alike_exactly_when_equal(rows: list[list[float]]) -> None:
     hashed = hash_arrays([np.array(rows, np.float32)])

@@ -305,7 +305,7 @@ def beam_reader():
     return function.example_rows(config), lambda path: function.read_reports(path, signature)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.sampled_from(["good", "text", "unit", "empty"]), min_size=1, max_size=30))
 def test_bad_rows_are_refused_by_number_and_good_ones_kept(tmp_path_factory: pytest.TempPathFactory, kinds: list[str]) -> None:
     example, read = beam_reader()

@@ -54,7 +54,7 @@ def test_a_file_that_is_not_there_or_not_text(tmp_path: Path) -> None:
         read_annotations(tmp_path / "binary.csv", 64, KNOWN)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.text("0123456789.-xé ", max_size=4), st.text("0123456789.-xé ", max_size=4)), max_size=12))
 def test_every_row_is_kept_or_refused(tmp_path: Path, cells: list[tuple[str, str]]) -> None:
     lines = ["sample_id,label", *(f"{a},{b}" for a, b in cells)]

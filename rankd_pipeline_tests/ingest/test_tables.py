@@ -238,7 +238,7 @@ def test_each_mistake_gets_one_sentence(tmp_path: Path, changes: dict[str, Any],
     assert "\n" not in str(caught.value)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.floats(-130, -50), st.sampled_from(sorted(CONVERSIONS["dBm"])))
 def test_every_power_unit_is_inverted(dbm: float, unit: str) -> None:
     milliwatts = 10 ** (dbm / 10)
@@ -249,7 +249,7 @@ def test_every_power_unit_is_inverted(dbm: float, unit: str) -> None:
     assert converter("dBm", unit, "test")(np.array([written]))[0] == pytest.approx(dbm, abs=1e-6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.text('0123456789.-eE ,"ABn', max_size=8), min_size=1, max_size=5), st.integers(1, 40))
 def test_no_cell_makes_it_crash(tmp_path_factory: pytest.TempPathFactory, cells: list[str], row: int) -> None:
     folder = tmp_path_factory.mktemp("any")

@@ -58,7 +58,7 @@ def same_direction(found: np.ndarray, wanted: np.ndarray, period: int, wide: int
 
 
 @given(GRIDS)
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 def test_interpolation_finds_a_single_path(grid):
     """In the direction of every narrow beam, also between two wide ones, where the best wide beam alone misses it."""
     cfg = config(grid)
@@ -91,7 +91,7 @@ def test_interpolation_does_not_depend_on_the_level_and_survives_missing_beams()
 
 
 @given(GRIDS)
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 def test_best_of_set_b_is_the_narrow_beam_in_the_reported_direction(grid):
     cfg = config(grid)
     level = np.where(np.eye(cfg.n_set_b), -70, -90)[:, None].astype(np.float32)

@@ -85,7 +85,7 @@ def test_normalizer_learns_the_training_statistics():
 
 
 @given(st.floats(-40, 40))
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_level_is_kept_apart_from_shape(shift):
     dbm, mask = reports()
     normalizer = ReportNormalizer(16)

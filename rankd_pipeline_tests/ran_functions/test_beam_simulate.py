@@ -131,7 +131,7 @@ def codes_of_cells(plan: list[Shard]) -> dict[tuple[str, float], str]:
     seen=st.integers(1, 3000), heldout=st.integers(0, 300), users=st.integers(1, 8), shard=st.integers(1, 500),
     share=st.floats(0.01, 1), seed=st.integers(0, 99),
 )  # fmt: skip
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_plan_is_dense_split_by_drop_and_large_enough(seen, heldout, users, shard, share, seed):
     cfg = config(
         SMALL, seen_samples=seen, heldout_site_samples=heldout, heldout_band_samples=heldout, ues_per_drop=users,

@@ -75,7 +75,7 @@ def test_a_contradiction_is_one_sentence(raw, said):
     assert re.search(said, str(error.value)), str(error.value)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 400), st.integers(0, 60), st.integers(1, 8), st.integers(1, 64), st.integers(0, 2**32))
 def test_every_plan_is_dense_and_splits_by_whole_drop(seen, heldout, slots, shard, seed):
     cfg = ChannelCorpusConfig.model_validate(

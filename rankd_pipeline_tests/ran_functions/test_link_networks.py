@@ -128,7 +128,7 @@ def slot(n: int, seed: int = 8, **fields: float) -> dict[str, np.ndarray]:
 
 
 @given(st.floats(0.001, 0.5))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_operating_points_follow_the_target(target):
     """Exact at the targets that were tuned, monotone in between, flat beyond them."""
     deployable = Deployable(NETWORKS["gru"](), CALIBRATION)
@@ -156,7 +156,7 @@ def test_utility_is_the_rate_less_the_price_of_what_is_lost(network):
 
 
 @given(st.floats(0.01, 0.3), st.floats(-5, 5))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_loss_raises_the_price_and_a_success_lowers_it_within_limits(target, offset):
     network = NETWORKS["gru"]()
     deployable = Deployable(network, CALIBRATION)

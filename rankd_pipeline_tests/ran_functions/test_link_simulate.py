@@ -42,7 +42,7 @@ def users(cfg: LinkCorpusConfig, n: int = 12, seed: int = 0) -> simulate._Users:
 
 
 @given(st.integers(1, 400), st.integers(0, 60), st.integers(0, 60), st.floats(0.1, 1.0), st.integers(1, 40))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_trace_is_in_one_split_and_held_out_sites_and_bands_stay_out(seen, sites, bands, labelled, shard):
     cfg = LinkCorpusConfig(seen_traces=seen, heldout_site_traces=sites, heldout_band_traces=bands, labelled_share=labelled,
                            shard_traces=shard)  # fmt: skip

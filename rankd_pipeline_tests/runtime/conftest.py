@@ -5,16 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
 
 from rankd_pipeline.compression.quantization import quantize_int8
 from rankd_pipeline.runtime.c_export import CSource, compiler, generate_c
 from rankd_pipeline.runtime.onnx_export import export_onnx
 from rankd_pipeline.runtime.signature import ModelSignature
 from rankd_pipeline_tests.runtime import toys
-
-settings.register_profile("no-deadline", deadline=None)
-settings.load_profile("no-deadline")
 
 
 @dataclass

@@ -76,7 +76,7 @@ def test_a_known_recipe_keeps_its_address_across_releases() -> None:
     assert recipe().digest == "70db4ce71eb378697a0ed6ad"
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_flipped_byte_or_a_cut_anywhere_is_noticed(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -115,7 +115,7 @@ def test_what_is_no_telemetry_says_why(tmp_path: Path, change, why: str) -> None
 
 
 @given(st.binary(min_size=1, max_size=400), st.integers(0, 20_000))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_damage_is_unusable_or_harmless_and_never_a_crash(tmp_path: Path, noise: bytes, at: int) -> None:
     whole = write(tmp_path, "a.parquet", columns(60)).read_bytes()
     damaged = tmp_path / "b.parquet"
