@@ -27,7 +27,8 @@ class Evidence:
         labelled = columns["has_label"]
         if not labelled.any():
             return
-        data = {name: values[labelled] for name, values in columns.items()}
+        given = {name: values[labelled] for name, values in columns.items()}
+        data = self._function.with_labels(given, given["label"])
         rivals = [
             item.fit(data, data, derive_seed(self._seed, "baseline", item.name) % 2**32)
             for item in self._function.baselines(self._cfg)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from rankd_pipeline.distillation.heads import Head
     from rankd_pipeline.drift.causes import Cause
 
+ESTIMATE_AND_HALF_WIDTH = "estimate_half_width"
+"""The first axis of an answer that comes with the half width of its interval."""
 Arrays = Mapping[str, np.ndarray]
 Predictor = Callable[[Arrays], np.ndarray]
 """features -> scores [n, C] (any scale; larger is better), or the head's `predictive` outputs where the caller says so.
@@ -157,6 +159,14 @@ class RanFunction(ABC):
         """The label [n, ...] of each row of a self-labelled function."""
         raise RankdError(f"{self.name} is not self-labelled: its labels are stored, and oracle_labels has them.")
 
+    def without_labels(self, features: Arrays) -> Arrays:
+        """Features as the deployed model is given them: of a self-labelled function, with each row's own label masked."""
+        return features
+
+    def with_labels(self, features: Arrays, label: np.ndarray) -> Arrays:
+        """The inverse: features whose own labels, masked in what the model was given, are known again."""
+        return features
+
     # -- models ---------------------------------------------------------------------------------------------------
     @abstractmethod
     def model_inputs(self, features: Arrays) -> dict[str, np.ndarray]:
@@ -277,6 +287,14 @@ class RanFunction(ABC):
         Without a shift it is the network as it was when the model was deployed. Raises: RankdError if there is none.
         """
         raise RankdError(f"{self.name}: it has no field to play (field_config in its function.py)")
+
+    def field_group(self, cfg: Any) -> str:
+        """The group of the corpus whose shape the deployed model's calls have."""
+        return self.groups(cfg)[0].name
+
+    def not_asked(self, cfg: Any, columns: Arrays) -> tuple[np.ndarray, str]:
+        """Rows [n] of telemetry that the deployed model cannot have decided, by their features, and how one sees that."""
+        return np.zeros(len(columns["time_s"]), bool), ""
 
     def field_context(self, cfg: Any, features: Arrays, truth: Arrays) -> dict[str, np.ndarray]:
         """True values [n] of the quantities of `telemetry.contract.CONTEXT` that a base station can estimate."""

@@ -27,9 +27,9 @@ class StepInfo:
 
 
 CHAIN: tuple[StepInfo, ...] = (
-    StepInfo("corpus", "Channels or own measurements, as features, delivered labels and truth", (), "9",
+    StepInfo("corpus", "Channels or own measurements, as features, delivered labels and truth", (), "10",
              ("simulate",), ("sionna-no-rt", "torch", "numpy"), reads=()),
-    StepInfo("audit_report", "The corpus health card; a blocking check", ("corpus",), "15", (), ("numpy", "scikit-learn"),
+    StepInfo("audit_report", "The corpus health card; a blocking check", ("corpus",), "16", (), ("numpy", "scikit-learn"),
              reads=("corpus.simulation", "corpus.sources")),
     StepInfo("ssl_weights", "Self-supervised weights from the unlabelled corpus", ("corpus", "audit_report"), "8",
              ("networks",), ("torch",), ("audit_report",), reads=("corpus.simulation", "teacher.network")),
@@ -67,13 +67,13 @@ CHAIN: tuple[StepInfo, ...] = (
 STEPS: dict[str, StepInfo] = {info.name: info for info in CHAIN}
 
 FIELD: tuple[StepInfo, ...] = (
-    StepInfo("telemetry", "What came back from the field: finished files, taken in and cut into windows", (), "4",
+    StepInfo("telemetry", "What came back from the field: finished files, taken in and cut into windows", (), "5",
              (), ("pyarrow",), reads=("corpus.simulation", "latency_profile.budget_us")),
     StepInfo("drift_report", "Has the field moved, how good is the champion there, and why: one judgement a window", ("telemetry",),
-             "16", ("baselines",), ("scipy", "scikit-learn", "onnxruntime"),
+             "17", ("baselines",), ("scipy", "scikit-learn", "onnxruntime"),
              reads=("corpus.simulation", "latency_profile.budget_us")),
     StepInfo("shadow_run", "Challenger beside champion: over the stored telemetry, and on the general test set",
-             ("deployment", "champion", "corpus", "telemetry"), "11", ("metrics",), ("onnxruntime", "scipy", "scikit-learn"),
+             ("deployment", "champion", "corpus", "telemetry"), "12", ("metrics",), ("onnxruntime", "scipy", "scikit-learn"),
              reads=("corpus.simulation", "latency_profile.budget_us", "telemetry.judge_share", "telemetry.val_share")),
 )  # fmt: skip
 """Steps outside the chain: what comes back from the field. What they read depends on it, so steps/watch.py runs them."""

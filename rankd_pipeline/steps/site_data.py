@@ -40,13 +40,13 @@ def join_site_data(ctx: StepContext) -> None:
     if not len(columns["time_s"]):
         raise RankdError(f"{ctx.spec.pipeline}/corpus: telemetry {telemetry.recipe} has no row in the windows that were asked for.")
     role = roles_for(ctx.spec, columns)
-    kept = _by_session({name: values[role != JUDGE] for name, values in {**columns, "split": role.astype(object)}.items()})
+    kept = _by_session(_learned_from(ctx, columns, role))
     known = read_columns(base.file(FEATURES), ["sample_id", "drop_id"])
     first_id, first_unit = int(known["sample_id"].max()) + 1, int(known["drop_id"].max()) + 1
     index = len(shards(base.file(FEATURES)))
     features = _features(ctx, kept, first_id, first_unit)
     write_parquet(features, ctx.out / FEATURES / f"part-{index:05d}.parquet")
-    if kept["has_label"].any():
+    if kept["has_label"].any() and not ctx.function.self_labelled:
         label = kept["label"][kept["has_label"]]
         table = {
             "sample_id": features.filter(features["labelled"])["sample_id"],
@@ -61,6 +61,23 @@ def join_site_data(ctx: StepContext) -> None:
         "share": ctx.spec.steps.telemetry.site_share, "silent": _silent(ctx, base, features),
         "sites": dict(zip(sites.tolist(), counts.tolist(), strict=True)),
     }  # fmt: skip
+
+
+def _learned_from(ctx: StepContext, columns: dict[str, np.ndarray], role: np.ndarray) -> dict[str, np.ndarray]:
+    """The rows that join the corpus, their role as their split.
+
+    Where the label is a part of the sample, it is put there, and a row without one, half a sample, is left out.
+    """
+    learned = role != JUDGE
+    if ctx.function.self_labelled:
+        learned &= columns["has_label"]
+    if not learned.any():
+        raise RankdError(
+            f"{ctx.spec.pipeline}/corpus: none of the {len(role)} telemetry rows in the windows that were asked for has what it "
+            "takes to learn from it; expected labelled ones beside those that judge: deliver more labels (docs/telemetry.md)."
+        )
+    kept = {name: values[learned] for name, values in {**columns, "split": role.astype(object)}.items()}
+    return dict(ctx.function.with_labels(kept, kept["label"])) if ctx.function.self_labelled else kept
 
 
 def _silent(ctx: StepContext, base: Artifact, site: pa.Table) -> list[dict[str, Any]]:
@@ -101,7 +118,7 @@ def _features(ctx: StepContext, columns: dict[str, np.ndarray], first_id: int, f
     schema, n = ctx.function.schema(ctx.corpus_config), len(columns["time_s"])
     filled = {
         **columns, schema.id_column: first_id + np.arange(n), schema.unit_column: first_unit + columns["unit"],
-        "group": np.full(n, ctx.function.groups(ctx.corpus_config)[0].name, dtype=object),
+        "group": np.full(n, ctx.function.field_group(ctx.corpus_config), dtype=object),
         "source": np.full(n, SOURCE, dtype=object), "scenario": np.full(n, SCENARIO, dtype=object),
         "labelled": columns["has_label"],
     }  # fmt: skip

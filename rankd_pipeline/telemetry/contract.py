@@ -4,7 +4,7 @@ docs/telemetry.md is the same contract for people. Anyone may write such a file;
 Light: pyarrow and numpy only.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rankd_pipeline.audit.schema import ColumnSpec, CorpusSchema, as_column
-from rankd_pipeline.ran_functions.contract import RanFunction
+from rankd_pipeline.ran_functions.contract import ESTIMATE_AND_HALF_WIDTH, RanFunction
 from rankd_pipeline.store.tensors import column_array, tensor_array
 
 SOURCE = "telemetry"
@@ -61,12 +61,15 @@ def error_column(name: str) -> str:
 class TelemetrySchema:
     """The columns of one pipeline's telemetry.
 
-    required and optional by name; output: shape of the model's decision; classes: of the label, 0 for a tensor label.
+    required and optional by name; classes: of the label, 0 for a tensor label of `label_shape`; not_asked: rows [n] of
+    columns that the deployed model cannot have decided, and how one sees that.
     """
 
     required: Mapping[str, ColumnSpec]
     optional: Mapping[str, ColumnSpec]
     classes: int
+    label_shape: tuple[int, ...]
+    not_asked: Callable[[Mapping[str, np.ndarray]], tuple[np.ndarray, str]]
 
     @property
     def features(self) -> tuple[ColumnSpec, ...]:
@@ -94,7 +97,7 @@ def telemetry_schema(function: RanFunction, cfg: Any, budget_us: float) -> Telem
     for spec in corpus.columns:
         if spec.name in required or spec.name == corpus.unit_column or spec.name in FILLED:
             continue
-        carried = spec.role in ("feature", "mask") or spec.name == corpus.band_column
+        carried = spec.role in ("feature", "mask") or spec.name in (corpus.band_column, *function.feature_columns)
         (required if carried else optional)[spec.name] = spec
     answer = function.answer(cfg, budget_us)
     required["output"] = ColumnSpec(
@@ -108,7 +111,9 @@ def telemetry_schema(function: RanFunction, cfg: Any, budget_us: float) -> Telem
         optional[error_column(quantity.name)] = ColumnSpec(
             name=error_column(quantity.name), valid_range=(0.0, quantity.valid_range[1]), **common
         )
-    return TelemetrySchema(required, optional, corpus.label.classes)
+    # An answer with its uncertainty is held against what it estimates.
+    label_shape = answer.shape[1:] if answer.axes[:1] == (ESTIMATE_AND_HALF_WIDTH,) else answer.shape
+    return TelemetrySchema(required, optional, corpus.label.classes, label_shape, lambda columns: function.not_asked(cfg, columns))
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -145,6 +150,10 @@ def read_file(path: Path, schema: TelemetrySchema) -> tuple[dict[str, np.ndarray
             if not inside.all():
                 why = why or f"column {spec.name!r}, row {int((~inside).argmax()) + 1}: outside {spec.valid_range} {spec.unit}"
                 good &= inside
+    other, how = schema.not_asked(columns)
+    if other.any():
+        why = why or f"row {int(other.argmax()) + 1}: {how}"
+        good &= ~other
     label, has_label, bad = _labels(table, schema)
     if bad.any():
         why = why or f"column 'label', row {int(bad.argmax()) + 1}: no label of this function"
@@ -231,6 +240,8 @@ def _labels(table: pa.Table, schema: TelemetrySchema) -> tuple[np.ndarray | None
     if not isinstance(column.type, pa.FixedShapeTensorType):
         raise Unusable(f"column 'label': type {column.type}, expected a fixed-shape tensor")
     shape = tuple(column.type.shape)
+    if shape != schema.label_shape:
+        raise Unusable(f"column 'label': shape {shape}, expected {schema.label_shape}")
     flat = np.zeros((n, int(np.prod(shape))), np.float32)
     flat[has] = column.filter(pa.array(has)).to_numpy_ndarray().reshape(-1, flat.shape[1])
     # Parquet gives no tensor back that is null, so a row without a label is one of NaN.

@@ -111,7 +111,7 @@ def hour_columns(function: RanFunction, cfg: Any, job: Mapping[str, Any]) -> dic
     of_row = np.searchsorted(sessions, features["drop_id"])
     has_label = (rng.random(len(sessions)) < job["labelled_share"])[of_row]
     columns: dict[str, np.ndarray] = {
-        **features,
+        **function.without_labels(features),
         "time_s": job["start_s"] + begins[of_row],
         "session": int(job["start_s"] // HOUR_S) * 1_000_000 + of_row,
         "model": np.full(n, job["model"], dtype=object),

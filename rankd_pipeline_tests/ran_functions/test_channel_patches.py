@@ -234,6 +234,25 @@ def test_network_inputs_hide_what_is_asked():
         assert not seen & {tuple(patch) for patch in hidden[row]}
 
 
+@given(st.integers(0, 99), st.booleans())
+def test_what_the_field_leaves_out_is_what_the_label_puts_back(seed, padded):
+    rng, function = np.random.default_rng(seed), ChannelPrediction()
+    grids = np.array([[2, 2, 4], [2, 2, 2]] if padded else [[2, 2, 4]], np.int16)[rng.integers(0, 1 + padded, 6)]
+    there = (np.arange(16) < grids.prod(axis=1)[:, None])[..., None]
+    whole = {
+        "csi": (rng.standard_normal((6, 16, 128)) * there).astype(np.float32), "grid": grids, "task": rng.choice(TASKS, 6),
+        "csi_mask": np.broadcast_to(there, (6, 16, 128)).astype(np.uint8),
+    }  # fmt: skip
+    label = function.own_labels(whole)
+    given = function.without_labels(whole)
+    assert not function.own_labels(given).any() and label.any()
+    for name, values in function.model_inputs(whole).items():
+        np.testing.assert_array_equal(function.model_inputs(given)[name], values)
+    assert (given["csi_mask"].sum((1, 2)) * 2 == whole["csi_mask"].sum((1, 2))).all()
+    for name, values in function.with_labels(given, label).items():
+        np.testing.assert_array_equal(values, whole[name])
+
+
 def test_speed_bins():
     assert speed_bin(np.array([0.0, 2.9, 3.0, 50.0, 299.0])).tolist() == ["0-3", "0-3", "3-10", "30-100", "100-300"]
 

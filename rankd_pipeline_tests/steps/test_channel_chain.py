@@ -5,20 +5,24 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from rankd_pipeline.errors import RankdError
 from rankd_pipeline.evaluation.table import read_table
+from rankd_pipeline.ran_functions.channel_prediction.patches import visible_patches, wanted_patches
 from rankd_pipeline.ran_functions.registry import load_function
 from rankd_pipeline.settings import settings
-from rankd_pipeline.spec import Ablation, load_pipeline, validated
+from rankd_pipeline.spec import Ablation, SiteData, load_pipeline, validated
 from rankd_pipeline.steps.chain import STEPS
 from rankd_pipeline.steps.grid import grid
 from rankd_pipeline.steps.runner import open_store, run_step
 from rankd_pipeline.steps.summary import reached, summarise, tables_of
 from rankd_pipeline.steps.watch import report_drift, take_telemetry
-from rankd_pipeline.telemetry.contract import read_file, telemetry_schema
+from rankd_pipeline.store.tensors import read_columns
+from rankd_pipeline.telemetry.contract import Unusable, read_file, table_of, telemetry_schema
 from rankd_pipeline.telemetry.field import Play, play
+from rankd_pipeline.telemetry.rows import columns_of_files
 from rankd_pipeline.telemetry.windows import HOUR_S
 
 pytestmark = pytest.mark.xdist_group("channel_chain")
@@ -208,9 +212,11 @@ def test_the_field_is_played_and_faster_users_are_told(made):
     cfg = function.corpus_config(steps.corpus.simulation)
     rows, left_out = read_file(sorted(folder.glob("*.parquet"))[0], telemetry_schema(function, cfg, budget_us))
     assert left_out == 0 and len(rows["time_s"]) == 150 and rows["output"].shape == (150, 2, 8, 128)
-    labelled = rows["has_label"]
-    truth = function.own_labels({name: rows[name] for name in ("csi", "grid", "task")})
-    assert 20 < labelled.sum() < 150 and np.array_equal(rows["label"][labelled], truth[labelled])
+    labelled, hidden = rows["has_label"], wanted_patches(rows["grid"][0], "time")
+    assert 20 < labelled.sum() < 150 and np.abs(rows["label"][labelled]).mean() > 0.1 and not rows["label"][~labelled].any()
+    assert not rows["csi"][:, hidden].any() and not rows["csi_mask"][:, hidden].any(), "it holds what the model was given"
+    seen = visible_patches(rows["grid"][0], "time")
+    assert np.abs(rows["csi"][:, seen]).mean() > 0.1 and rows["csi_mask"][:, seen].all()
     assert set(rows["task"]) == {"time"} and set(rows["site"]) == {"D3-s"}
     take_telemetry(small, store, current)
     report = report_drift(small, store, current)
@@ -218,3 +224,69 @@ def test_the_field_is_played_and_faster_users_are_told(made):
     assert [window["state"] for window in windows] == ["reference", "reference", "judged"]
     assert windows[-1]["causes"][0]["cause"] == "doppler", windows[-1]["why"]
     assert windows[-1]["quality"]["score"] < windows[0]["quality"]["score"] - 3.0  # dB, with the sign of a score
+    assert windows[0]["quality"]["baseline"] > 1.0, "the classical method was fitted on whole samples"
+
+
+def test_labelled_rows_of_the_field_join_the_group_of_their_shape_as_whole_samples(made):
+    current, spec, artifacts = made
+    function, store = load_function(spec.function), open_store(current)
+    telemetry = take_telemetry(spec, store, current)
+    (start, end), *_ = (
+        (span[0] // HOUR_S * HOUR_S, (span[1] // HOUR_S + 1) * HOUR_S) for span in telemetry.metrics["spans"].values()
+    )
+    site = SiteData(telemetry=telemetry.recipe, windows=((start, end),), start=artifacts["deployment"].recipe)
+    again = load_pipeline("channel_prediction").at("smoke", site=site)
+    corpus = run_step("corpus", again, store, current)
+    features = read_columns(corpus.file("features"), ["group", "grid", "site", "source", "labelled", "csi", "csi_mask", "task"])
+    field = features["source"].astype(str) == "telemetry"
+    told = corpus.metrics["site"]
+    assert (
+        field.sum() == told["labelled"] > 0 and features["labelled"].all() and told["rows"] == 150 > field.sum() + told["held_back"]
+    )
+    for group in np.unique(features["group"].astype(str)):
+        grids = np.unique(features["grid"][features["group"].astype(str) == group], axis=0)
+        assert ["x".join(map(str, grid)) for grid in grids.tolist()] == [group], "a batch is of one group, so of one shape"
+    assert features["csi_mask"][field].all() and told["silent"] == []
+    delivered = columns_of_files(
+        telemetry, telemetry_schema(function, function.corpus_config(spec.steps.corpus.simulation), 1000.0), site.windows
+    )
+    labels = {label.tobytes() for label in delivered["label"][delivered["has_label"]]}
+    joined = function.own_labels({name: values[field] for name, values in features.items()})
+    assert {label.tobytes() for label in joined} <= labels
+    for step in ("audit_report", "oracle_labels", "ssl_weights", "teacher"):
+        made_again = run_step(step, again, store, current)
+    assert made_again.metrics["labelled_samples"] >= corpus.metrics["samples_by_split"]["train"]
+
+
+def test_what_no_row_can_be_learned_from_is_one_sentence(made):
+    """Without labels nothing of a self-labelled function's telemetry is a whole sample."""
+    current, spec, artifacts = made
+    function, store = load_function(spec.function), open_store(current)
+    folder = current.telemetry_dir(spec.pipeline)
+    start_s = (time.time() // HOUR_S - 12) * HOUR_S
+    wanted = Play(artifacts["deployment"].file("bundle"), frozenset(), 1, 150, 0.0, 5, start_s)
+    play(function, spec.steps.corpus.simulation, 1000.0, wanted, folder, workers=1)
+    telemetry = take_telemetry(spec, store, current)
+    site = SiteData(telemetry=telemetry.recipe, windows=((start_s, start_s + HOUR_S),), start=artifacts["deployment"].recipe)
+    with pytest.raises(RankdError, match="none of the 150 telemetry rows .* deliver more labels"):
+        run_step("corpus", load_pipeline("channel_prediction").at("smoke", site=site), store, current)
+
+
+def test_telemetry_of_another_grid_or_label_is_set_aside_with_the_reason(made, tmp_path):
+    current, spec, _ = made
+    function = load_function(spec.function)
+    schema = telemetry_schema(function, function.corpus_config(spec.steps.corpus.simulation), 1000.0)
+    columns, _ = read_file(sorted(current.telemetry_dir(spec.pipeline).glob("*.parquet"))[0], schema)
+    for change, why in (
+        (
+            {"grid": columns["grid"] * 4},
+            "row 1: columns 'grid' and 'task': the deployed model answers 2x2x4 patches and 'time' only",
+        ),
+        ({"task": np.full(len(columns["task"]), "frequency", dtype=object)}, "row 1: columns 'grid' and 'task'"),
+        ({"label": columns["label"][:, :4]}, r"column 'label': shape \(4, 128\), expected \(8, 128\)"),
+        ({"grid": None}, "column 'grid' is missing"),
+    ):
+        table = table_of({name: values for name, values in {**columns, **change}.items() if values is not None}, schema)
+        pq.write_table(table, tmp_path / "a.parquet")
+        with pytest.raises(Unusable, match=why):
+            read_file(tmp_path / "a.parquet", schema)

@@ -11,7 +11,7 @@ from rankd_pipeline.audit.schema import ColumnSpec, CorpusSchema, LabelSpec
 from rankd_pipeline.errors import RankdError
 from rankd_pipeline.radio.waves import max_doppler_hz
 from rankd_pipeline.ran_functions.channel_estimation.config import SHIFTS, ChannelCorpusConfig, field_config
-from rankd_pipeline.ran_functions.contract import Arrays, Baseline, Metric, Predictor, RanFunction, Run
+from rankd_pipeline.ran_functions.contract import ESTIMATE_AND_HALF_WIDTH, Arrays, Baseline, Metric, Predictor, RanFunction, Run
 from rankd_pipeline.ran_functions.drops import drop_columns
 from rankd_pipeline.runtime.signature import ModelSignature, TensorSpec
 from rankd_pipeline.spec import validated
@@ -42,7 +42,7 @@ class ChannelEstimation(RanFunction):
         Metric("block_error", "dB", higher_is_better=False, is_rate=False, aggregate="crossing(0.1,snr_db)"),
     )
     gap_baseline = "ls_linear"
-    code_versions = {"simulate": "4", "labels": "6", "networks": "6", "baselines": "4", "metrics": "3"}
+    code_versions = {"simulate": "4", "labels": "7", "networks": "6", "baselines": "4", "metrics": "3"}
 
     def corpus_config(self, raw: Mapping[str, Any]) -> ChannelCorpusConfig:
         return validated(ChannelCorpusConfig, dict(raw), "steps.corpus.simulation")
@@ -157,7 +157,7 @@ class ChannelEstimation(RanFunction):
     def answer(self, cfg: ChannelCorpusConfig, budget_us: float) -> TensorSpec:
         """The estimate and the half width of its 90 % interval, as `deployed_predictor` returns them."""
         channel = self.signatures(cfg, budget_us)[0].decision
-        return channel.model_copy(update={"axes": ("estimate_half_width", *channel.axes), "shape": (2, *channel.shape)})
+        return channel.model_copy(update={"axes": (ESTIMATE_AND_HALF_WIDTH, *channel.axes), "shape": (2, *channel.shape)})
 
     # -- judgement ------------------------------------------------------------------------------------------------
     def baselines(self, cfg: ChannelCorpusConfig) -> tuple[Baseline, ...]:

@@ -17,8 +17,18 @@ from rankd_pipeline.ran_functions.channel_prediction.patches import (
     random_kept,
     visible_patches,
     wanted_patches,
+    with_hidden,
 )
-from rankd_pipeline.ran_functions.contract import Arrays, Baseline, Group, Metric, Predictor, RanFunction, Run
+from rankd_pipeline.ran_functions.contract import (
+    ESTIMATE_AND_HALF_WIDTH,
+    Arrays,
+    Baseline,
+    Group,
+    Metric,
+    Predictor,
+    RanFunction,
+    Run,
+)
 from rankd_pipeline.ran_functions.drops import drop_columns
 from rankd_pipeline.runtime.signature import ModelSignature, TensorSpec
 from rankd_pipeline.spec import validated
@@ -42,7 +52,7 @@ class ChannelPrediction(RanFunction):
     secondary_metrics = (Metric("nmse_clean", "dB", higher_is_better=False, is_rate=False, aggregate=BY_SET_AND_TASK),)
     gap_baseline = "hold"
     self_labelled = True
-    code_versions = {"simulate": "6", "labels": "19", "networks": "16", "baselines": "15", "metrics": "4"}
+    code_versions = {"simulate": "7", "labels": "20", "networks": "16", "baselines": "16", "metrics": "5"}
 
     def corpus_config(self, raw: Mapping[str, Any]) -> ChannelCorpusConfig:
         return validated(ChannelCorpusConfig, dict(raw), "steps.corpus.simulation")
@@ -116,6 +126,12 @@ class ChannelPrediction(RanFunction):
     def own_labels(self, features: Arrays) -> np.ndarray:
         """The patches that the row's task hides, as received [n, M, E]."""
         return hidden_patches(features["csi"], features["grid"], features["task"])
+
+    def without_labels(self, features: Arrays) -> Arrays:
+        return _refilled(features, np.zeros_like(self.own_labels(features)), present=False)
+
+    def with_labels(self, features: Arrays, label: np.ndarray) -> Arrays:
+        return _refilled(features, label, present=True)
 
     # -- models ---------------------------------------------------------------------------------------------------
     @property
@@ -219,7 +235,9 @@ class ChannelPrediction(RanFunction):
     def answer(self, cfg: ChannelCorpusConfig, budget_us: float) -> TensorSpec:
         """Estimate and half width of the interval of every wanted entry, as the predictor gives them."""
         channel = self.signatures(cfg, budget_us)[0].decision
-        return TensorSpec(name="answer", axes=("estimate_half_width", *channel.axes), shape=(2, *channel.shape), unit=channel.unit)
+        return TensorSpec(
+            name="answer", axes=(ESTIMATE_AND_HALF_WIDTH, *channel.axes), shape=(2, *channel.shape), unit=channel.unit
+        )
 
     # -- judgement ------------------------------------------------------------------------------------------------
     def baselines(self, cfg: ChannelCorpusConfig) -> tuple[Baseline, ...]:
@@ -255,6 +273,16 @@ class ChannelPrediction(RanFunction):
     def field_config(self, cfg: ChannelCorpusConfig, shifts: frozenset[str], rows: int) -> ChannelCorpusConfig:
         return field_config(cfg, shifts, rows)
 
+    def field_group(self, cfg: ChannelCorpusConfig) -> str:
+        return cfg.resolved[cfg.deploy.name].group
+
+    def not_asked(self, cfg: ChannelCorpusConfig, columns: Arrays) -> tuple[np.ndarray, str]:
+        """Rows of another grid or question than those of `deploy`, which the file has no shape for."""
+        deployed = cfg.resolved[cfg.deploy.name]
+        other_grid = (np.asarray(columns["grid"]) != deployed.grid).any(axis=1)
+        how = f"columns 'grid' and 'task': the deployed model answers {deployed.group} patches and {cfg.deploy.task!r} only"
+        return other_grid | (np.asarray(columns["task"]).astype(str) != cfg.deploy.task), how
+
     def field_context(self, cfg: ChannelCorpusConfig, features: Arrays, truth: Arrays) -> dict[str, np.ndarray]:
         """Doppler of the user's own speed, delay spread of its paths, SNR of the known channel."""
         ghz = np.asarray(features["band_ghz"], np.float64)
@@ -277,6 +305,13 @@ class ChannelPrediction(RanFunction):
     def deadlines(self, cfg: ChannelCorpusConfig) -> dict[str, float]:
         """The coherence time of each set at its top speed, us: a prediction that takes longer is of no use."""
         return {name: 1e3 * item.coherence_ms for name, item in cfg.resolved.items()}
+
+
+def _refilled(features: Arrays, hidden: np.ndarray, present: bool) -> dict[str, np.ndarray]:
+    """Features with other hidden patches, which their mask says are `present` or not."""
+    asked = features["grid"], features["task"]
+    mask = with_hidden(features["csi_mask"], *asked, np.full(hidden.shape, present, features["csi_mask"].dtype))
+    return {**features, "csi": with_hidden(features["csi"], *asked, hidden), "csi_mask": mask}
 
 
 def _room(signature: ModelSignature) -> tuple[int, int]:

@@ -95,6 +95,15 @@ def network_inputs(csi_nLE: np.ndarray, grid_n3: np.ndarray, task_n: np.ndarray)
     return found
 
 
+def with_hidden(values_nLE: np.ndarray, grid_n3: np.ndarray, task_n: np.ndarray, hidden_nME: np.ndarray) -> np.ndarray:
+    """A copy of `values_nLE` whose hidden patches are those of `hidden_nME`: what `hidden_patches` took out, back in place."""
+    found = values_nLE.copy()
+    for rows, grid, task in questions(grid_n3, task_n):
+        wanted = wanted_patches(grid, task)
+        found[np.ix_(rows, wanted)] = hidden_nME[rows, : len(wanted)]
+    return found
+
+
 def hidden_patches(csi_nLE: np.ndarray, grid_n3: np.ndarray, task_n: np.ndarray) -> np.ndarray:
     """The patches that each row's task hides [n, M, E] float32, padded with zeros: what a network is to say."""
     parts = [(rows, wanted_patches(grid, task)) for rows, grid, task in questions(grid_n3, task_n)]
