@@ -2,7 +2,7 @@
 
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -576,39 +576,43 @@ def unit_facts(stream: Stream) -> UnitFacts:
                 facts.torn_keys[key] = facts.torn_keys.get(key, 0) + int(torn.sum())
                 facts.torn_key_example[key] = min(example, facts.torn_key_example.get(key, example))
         if stream.schema.has(stream.schema.time_column):
-            _clock_inside(records, stream.clock)
+            _clock_inside(records, [f"key{i}" for i in range(len(stream.within_unit))], stream.clock)
     facts.steps, facts.backwards, facts.repeated_times, facts.clock_example = stream.clock.wrong()
     facts.rows_missing, facts.gap_example = stream.clock.lost()
     facts.sizes = dict(sizes)
     return facts
 
 
-def _clock_inside(records: np.ndarray, clock: "Clock") -> None:
+def _clock_inside(records: np.ndarray, keys: list[str], clock: "Clock") -> None:
     """Steps between the rows of a unit, in corpus order. A unit whose rows all carry one time holds simultaneous rows."""
     same = records["unit"][1:] == records["unit"][:-1]
     step, unit = np.diff(records["time"])[same], records["unit"][1:][same]
     moving = np.isin(unit, np.unique(unit[step != 0]))
-    clock.add("inside", step[moving], unit[moving])
+    step, unit, rows = step[moving], unit[moving], records[1:][same][moving]
+    names, series = np.unique(rows[[*keys, "split"]], return_inverse=True)
+    for number, name in enumerate(names.tolist()):
+        clock.add("inside", name, step[series == number], unit[series == number])
 
 
 class Clock:
-    """Time steps inside units, and between units that follow each other in a series; counted by size."""
+    """Time steps inside units, and between units that follow each other in a series; counted by series and size."""
 
     DISTINCT = 10_000
 
     def __init__(self) -> None:
-        self.steps: dict[str, Counter[float]] = {"inside": Counter(), "between": Counter()}
-        self.examples: dict[str, int] = {}
+        self.steps: dict[tuple[str, Hashable], Counter[float]] = {}
+        self.examples: dict[tuple[str, Hashable, str], int] = {}
         self._last: dict[int, tuple[float, int]] = {}
 
-    def add(self, kind: str, step: np.ndarray, unit: np.ndarray) -> None:
+    def add(self, kind: str, series: Hashable, step: np.ndarray, unit: np.ndarray) -> None:
         """Count steps [n] in seconds; unit [n] is where each ends."""
+        steps = self.steps.setdefault((kind, series), Counter())
         for value, first, count in zip(*np.unique(np.round(step, 6), return_index=True, return_counts=True), strict=True):
-            if value in self.steps[kind] or len(self.steps[kind]) < self.DISTINCT:
-                self.steps[kind][float(value)] += int(count)
+            if value in steps or len(steps) < self.DISTINCT:
+                steps[float(value)] += int(count)
             sort = "back" if value < 0 else "still" if value == 0 else f"step {value:g}"
             if sort in ("back", "still") or len(self.examples) < self.DISTINCT:
-                name = f"{kind} {sort}"
+                name = (kind, series, sort)
                 self.examples[name] = min(self.examples.get(name, int(unit[first])), int(unit[first]))
 
     def follow(self, series: np.ndarray, unit: np.ndarray, time: np.ndarray) -> None:
@@ -622,7 +626,7 @@ class Clock:
             if last is not None:
                 times, units = np.r_[last[0], times], np.r_[last[1], units]
             change = units[1:] != units[:-1]
-            self.add("between", np.diff(times)[change], units[1:][change])
+            self.add("between", key, np.diff(times)[change], units[1:][change])
             self._last[key] = (float(times[-1]), int(units[-1]))
 
     def wrong(self) -> tuple[int, int, int, int | None]:
@@ -630,7 +634,8 @@ class Clock:
         of several users, one after the other, each start anew."""
         total = back = still = 0
         example = None
-        for kind, steps in self.steps.items():
+        for kind in ("inside", "between"):
+            steps = sum((found for (of, _), found in self.steps.items() if of == kind), Counter[float]())
             n = sum(steps.values())
             total += n
             there = {"back": sum(c for v, c in steps.items() if v < 0), "still": steps[0.0]}
@@ -638,13 +643,14 @@ class Clock:
                 if not count or (kind == "between" and (n < 20 or count > 0.1 * n)):
                     continue
                 back, still = back + count * (sort == "back"), still + count * (sort == "still")
-                example = example if example is not None else self.examples[f"{kind} {sort}"]
+                if example is None:
+                    example = min(unit for (of, _, what), unit in self.examples.items() if (of, what) == (kind, sort))
         return total, back, still, example
 
     def lost(self) -> tuple[int, int | None]:
-        """(rows that an even clock proves to be missing, a unit after a gap)."""
+        """(rows that the even clock of their own series proves to be missing, a unit after a gap)."""
         missing, example = 0, None
-        for kind, steps in self.steps.items():
+        for (kind, series), steps in self.steps.items():
             forward = {v: c for v, c in steps.items() if v > 0}
             if not forward:
                 continue
@@ -655,7 +661,7 @@ class Clock:
             for value, count in forward.items():
                 if (gap := round(value / usual) - 1) > 0:
                     missing += gap * count
-                    example = example if example is not None else self.examples.get(f"{kind} step {value:g}")
+                    example = example if example is not None else self.examples.get((kind, series, f"step {value:g}"))
         return missing, example
 
 

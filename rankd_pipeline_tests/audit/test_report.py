@@ -118,6 +118,25 @@ def test_a_fault_that_a_source_is_known_for_only_warns_there() -> None:
     assert severity(lab=("sovereignty",)) == severity(field=("clock",)) == ["fail"]
 
 
+@pytest.mark.parametrize("series", [(), ("source", "cell")])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_an_even_clock_says_nothing_of_another_sources_rows(series: tuple[str, ...], rows: int) -> None:
+    """A little of the field beside much that was simulated: its rows come when they come."""
+    schema, field = SCHEMA.model_copy(update={"series_columns": series}), OURS.model_copy(update={"name": "field"})
+    whole = [table(64 * i, 64, rows) for i in range(4)]
+    n = 16 * rows
+    irregular = np.sort(np.random.default_rng(0).uniform(0, 5000, n))
+    visit = table(256, 16, rows, source=["field"] * n, cell=["c0"] * n, split=["train"] * n, t=irregular)
+
+    def lost(*tables: pa.Table) -> set[str]:
+        return faults(audit(lambda: iter(tables), None, schema, [OURS, field])) & {"rows_missing"}
+
+    assert not lost(*whole, visit)
+    gap = table(256, 16, rows, cell=["c0"] * n, split=["train"] * n, t=np.arange(n) * 0.5 + 40.0 * (np.arange(n) % 7 > 4))
+    if rows > 1 or series:
+        assert lost(*whole, gap, visit)
+
+
 def test_a_shard_that_cannot_be_read_is_a_finding() -> None:
     def batches() -> Iterator[pa.Table]:
         yield table(0, 64)
