@@ -635,7 +635,10 @@ class Clock:
         total = back = still = 0
         example = None
         for kind in ("inside", "between"):
-            steps = sum((found for (of, _), found in self.steps.items() if of == kind), Counter[float]())
+            steps: Counter[float] = Counter()
+            for (of, _), found in self.steps.items():
+                if of == kind:
+                    steps.update(found)
             n = sum(steps.values())
             total += n
             there = {"back": sum(c for v, c in steps.items() if v < 0), "still": steps[0.0]}
