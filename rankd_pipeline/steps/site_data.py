@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from rankd_pipeline.audit.schema import ColumnSpec, as_column
 from rankd_pipeline.errors import RankdError
@@ -47,12 +48,9 @@ def join_site_data(ctx: StepContext) -> None:
     features = _features(ctx, kept, first_id, first_unit)
     write_parquet(features, ctx.out / FEATURES / f"part-{index:05d}.parquet")
     if kept["has_label"].any() and not ctx.function.self_labelled:
-        label = kept["label"][kept["has_label"]]
-        table = {
-            "sample_id": features.filter(features["labelled"])["sample_id"],
-            "label": pa.array(label) if label.ndim == 1 else tensor_array(label),
-        }
-        write_parquet(pa.table(table), ctx.out / LABELS / f"part-{index:05d}.parquet")
+        ids = features.filter(features["labelled"])["sample_id"]
+        labels = _as_stored(kept["label"][kept["has_label"]], base)
+        write_parquet(pa.table({"sample_id": ids, "label": labels}), ctx.out / LABELS / f"part-{index:05d}.parquet")
     sites, counts = np.unique(kept["site"].astype(str), return_counts=True)
     ctx.metrics["site"] = {
         "telemetry": telemetry.recipe, "windows": [list(window) for window in site.windows], "first_id": first_id,
@@ -78,6 +76,14 @@ def _learned_from(ctx: StepContext, columns: dict[str, np.ndarray], role: np.nda
         )
     kept = {name: values[learned] for name, values in {**columns, "split": role.astype(object)}.items()}
     return dict(ctx.function.with_labels(kept, kept["label"])) if ctx.function.self_labelled else kept
+
+
+def _as_stored(label: np.ndarray, base: Artifact) -> pa.Array:
+    """Labels of the field in the precision of the general corpus' own: the shards of a corpus are of one type."""
+    (known, *_) = shards(base.file(LABELS))
+    stored = column_array(pq.read_table(known, columns=["label"]).slice(0, 1)["label"])
+    label = label.astype(stored.dtype)
+    return pa.array(label) if label.ndim == 1 else tensor_array(label)
 
 
 def _silent(ctx: StepContext, base: Artifact, site: pa.Table) -> list[dict[str, Any]]:
