@@ -27,7 +27,7 @@ class StepInfo:
 
 
 CHAIN: tuple[StepInfo, ...] = (
-    StepInfo("corpus", "Channels or own measurements, as features, delivered labels and truth", (), "11",
+    StepInfo("corpus", "Channels or own measurements, as features, delivered labels and truth", (), "12",
              ("simulate",), ("sionna-no-rt", "torch", "numpy"), reads=()),
     StepInfo("audit_report", "The corpus health card; a blocking check", ("corpus",), "18", (), ("numpy", "scikit-learn"),
              reads=("corpus.simulation", "corpus.sources")),
@@ -73,7 +73,7 @@ FIELD: tuple[StepInfo, ...] = (
              "17", ("baselines",), ("scipy", "scikit-learn", "onnxruntime"),
              reads=("corpus.simulation", "latency_profile.budget_us")),
     StepInfo("shadow_run", "Challenger beside champion: over the stored telemetry, and on the general test set",
-             ("deployment", "champion", "corpus", "telemetry"), "13", ("metrics",), ("onnxruntime", "scipy", "scikit-learn"),
+             ("deployment", "champion", "corpus", "telemetry"), "14", ("metrics",), ("onnxruntime", "scipy", "scikit-learn"),
              reads=("corpus.simulation", "latency_profile.budget_us", "telemetry.judge_share", "telemetry.val_share")),
 )  # fmt: skip
 """Steps outside the chain: what comes back from the field. What they read depends on it, so steps/watch.py runs them."""

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from rankd_pipeline.audit.schema import ColumnSpec, as_column
 from rankd_pipeline.errors import RankdError
@@ -15,7 +14,7 @@ from rankd_pipeline.spec import PipelineSpec
 from rankd_pipeline.steps.data import FEATURES, LABELS, split_is
 from rankd_pipeline.steps.runner import StepContext
 from rankd_pipeline.store.artifact import Artifact
-from rankd_pipeline.store.tensors import column_array, read_columns, shards, tensor_array, write_parquet
+from rankd_pipeline.store.tensors import column_array, iter_tables, read_columns, shards, tensor_array, write_parquet
 from rankd_pipeline.telemetry.contract import SOURCE, telemetry_schema
 from rankd_pipeline.telemetry.roles import JUDGE, roles_of
 from rankd_pipeline.telemetry.rows import columns_of_files
@@ -80,9 +79,9 @@ def _learned_from(ctx: StepContext, columns: dict[str, np.ndarray], role: np.nda
 
 def _as_stored(label: np.ndarray, base: Artifact) -> pa.Array:
     """Labels of the field in the precision of the general corpus' own: the shards of a corpus are of one type."""
-    (known, *_) = shards(base.file(LABELS))
-    stored = column_array(pq.read_table(known, columns=["label"]).slice(0, 1)["label"])
-    label = label.astype(stored.dtype)
+    known = next(iter_tables(base.file(LABELS), ["label"]), None)
+    if known is not None:
+        label = label.astype(column_array(known["label"].slice(0, 1)).dtype)
     return pa.array(label) if label.ndim == 1 else tensor_array(label)
 
 

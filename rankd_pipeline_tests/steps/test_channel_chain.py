@@ -13,7 +13,7 @@ from rankd_pipeline.evaluation.table import read_table
 from rankd_pipeline.ran_functions.channel_prediction.patches import visible_patches, wanted_patches
 from rankd_pipeline.ran_functions.registry import load_function
 from rankd_pipeline.settings import settings
-from rankd_pipeline.spec import Ablation, SiteData, load_pipeline, validated
+from rankd_pipeline.spec import Ablation, load_pipeline, validated
 from rankd_pipeline.steps.chain import STEPS
 from rankd_pipeline.steps.grid import grid
 from rankd_pipeline.steps.runner import open_store, run_step
@@ -24,6 +24,7 @@ from rankd_pipeline.telemetry.contract import Unusable, read_file, table_of, tel
 from rankd_pipeline.telemetry.field import Play, play
 from rankd_pipeline.telemetry.rows import columns_of_files
 from rankd_pipeline.telemetry.windows import HOUR_S
+from rankd_pipeline_tests.steps.field_site import spec_with_site
 
 pytestmark = pytest.mark.xdist_group("channel_chain")
 
@@ -230,12 +231,9 @@ def test_the_field_is_played_and_faster_users_are_told(made):
 def test_labelled_rows_of_the_field_join_the_group_of_their_shape_as_whole_samples(made):
     current, spec, artifacts = made
     function, store = load_function(spec.function), open_store(current)
-    telemetry = take_telemetry(spec, store, current)
-    (start, end), *_ = (
-        (span[0] // HOUR_S * HOUR_S, (span[1] // HOUR_S + 1) * HOUR_S) for span in telemetry.metrics["spans"].values()
-    )
-    site = SiteData(telemetry=telemetry.recipe, windows=((start, end),), start=artifacts["deployment"].recipe)
-    again = load_pipeline("channel_prediction").at("smoke", site=site)
+    again = spec_with_site(current, spec, artifacts, 150, 0.4)
+    assert again.site is not None
+    telemetry = store.get(spec.pipeline, "telemetry", again.site.telemetry)
     corpus = run_step("corpus", again, store, current)
     features = read_columns(corpus.file("features"), ["group", "grid", "site", "source", "labelled", "csi", "csi_mask", "task"])
     field = features["source"].astype(str) == "telemetry"
@@ -248,28 +246,21 @@ def test_labelled_rows_of_the_field_join_the_group_of_their_shape_as_whole_sampl
         assert ["x".join(map(str, grid)) for grid in grids.tolist()] == [group], "a batch is of one group, so of one shape"
     assert features["csi_mask"][field].all() and told["silent"] == []
     delivered = columns_of_files(
-        telemetry, telemetry_schema(function, function.corpus_config(spec.steps.corpus.simulation), 1000.0), site.windows
+        telemetry, telemetry_schema(function, function.corpus_config(spec.steps.corpus.simulation), 1000.0), again.site.windows
     )
     labels = {label.tobytes() for label in delivered["label"][delivered["has_label"]]}
     joined = function.own_labels({name: values[field] for name, values in features.items()})
     assert {label.tobytes() for label in joined} <= labels
-    for step in ("audit_report", "oracle_labels", "ssl_weights", "teacher"):
-        made_again = run_step(step, again, store, current)
-    assert made_again.metrics["labelled_samples"] >= corpus.metrics["samples_by_split"]["train"]
+    second = {step: run_step(step, again, store, current) for step in STEPS}
+    assert second["teacher"].metrics["labelled_samples"] >= corpus.metrics["samples_by_split"]["train"]
 
 
 def test_what_no_row_can_be_learned_from_is_one_sentence(made):
     """Without labels nothing of a self-labelled function's telemetry is a whole sample."""
     current, spec, artifacts = made
-    function, store = load_function(spec.function), open_store(current)
-    folder = current.telemetry_dir(spec.pipeline)
-    start_s = (time.time() // HOUR_S - 12) * HOUR_S
-    wanted = Play(artifacts["deployment"].file("bundle"), frozenset(), 1, 150, 0.0, 5, start_s)
-    play(function, spec.steps.corpus.simulation, 1000.0, wanted, folder, workers=1)
-    telemetry = take_telemetry(spec, store, current)
-    site = SiteData(telemetry=telemetry.recipe, windows=((start_s, start_s + HOUR_S),), start=artifacts["deployment"].recipe)
+    again = spec_with_site(current, spec, artifacts, 150, 0.0, hours_ago=6)
     with pytest.raises(RankdError, match="none of the 150 telemetry rows .* deliver more labels"):
-        run_step("corpus", load_pipeline("channel_prediction").at("smoke", site=site), store, current)
+        run_step("corpus", again, open_store(current), current)
 
 
 def test_telemetry_of_another_grid_or_label_is_set_aside_with_the_reason(made, tmp_path):
