@@ -556,6 +556,7 @@ def unit_facts(stream: Stream) -> UnitFacts:
     """Per unit: one split, one value of each constant key, time that rises by even steps."""
     facts = UnitFacts()
     sizes: Counter[int] = Counter()
+    keys = [*(f"key{i}" for i in range(len(stream.within_unit))), "split"]
     for records in stream.units:
         records = records[np.lexsort((records["position"], records["unit"]))]
         same_unit = records["unit"][1:] == records["unit"][:-1]
@@ -563,7 +564,7 @@ def unit_facts(stream: Stream) -> UnitFacts:
         lengths = np.diff(np.r_[starts, len(records)])
         facts.units += len(starts)
         sizes.update(Counter(lengths.tolist()))
-        for name in ("split", *(f"key{i}" for i in range(len(stream.within_unit)))):
+        for name in keys:
             torn = np.minimum.reduceat(records[name], starts) != np.maximum.reduceat(records[name], starts)
             if not torn.any():
                 continue
@@ -576,7 +577,7 @@ def unit_facts(stream: Stream) -> UnitFacts:
                 facts.torn_keys[key] = facts.torn_keys.get(key, 0) + int(torn.sum())
                 facts.torn_key_example[key] = min(example, facts.torn_key_example.get(key, example))
         if stream.schema.has(stream.schema.time_column):
-            _clock_inside(records, [f"key{i}" for i in range(len(stream.within_unit))], stream.clock)
+            _clock_inside(records, keys, stream.clock)
     facts.steps, facts.backwards, facts.repeated_times, facts.clock_example = stream.clock.wrong()
     facts.rows_missing, facts.gap_example = stream.clock.lost()
     facts.sizes = dict(sizes)
@@ -584,12 +585,15 @@ def unit_facts(stream: Stream) -> UnitFacts:
 
 
 def _clock_inside(records: np.ndarray, keys: list[str], clock: "Clock") -> None:
-    """Steps between the rows of a unit, in corpus order. A unit whose rows all carry one time holds simultaneous rows."""
+    """Steps between the rows of a unit, in corpus order. A unit whose rows all carry one time holds simultaneous rows.
+
+    keys: fields that a unit has one value of; units that share them are of one series.
+    """
     same = records["unit"][1:] == records["unit"][:-1]
     step, unit = np.diff(records["time"])[same], records["unit"][1:][same]
     moving = np.isin(unit, np.unique(unit[step != 0]))
     step, unit, rows = step[moving], unit[moving], records[1:][same][moving]
-    names, series = np.unique(rows[[*keys, "split"]], return_inverse=True)
+    names, series = np.unique(rows[keys], return_inverse=True)
     for number, name in enumerate(names.tolist()):
         clock.add("inside", name, step[series == number], unit[series == number])
 

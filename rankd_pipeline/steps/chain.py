@@ -29,7 +29,7 @@ class StepInfo:
 CHAIN: tuple[StepInfo, ...] = (
     StepInfo("corpus", "Channels or own measurements, as features, delivered labels and truth", (), "12",
              ("simulate",), ("sionna-no-rt", "torch", "numpy"), reads=()),
-    StepInfo("audit_report", "The corpus health card; a blocking check", ("corpus",), "18", (), ("numpy", "scikit-learn"),
+    StepInfo("audit_report", "The corpus health card; a blocking check", ("corpus",), "19", (), ("numpy", "scikit-learn"),
              reads=("corpus.simulation", "corpus.sources")),
     StepInfo("ssl_weights", "Self-supervised weights from the unlabelled corpus", ("corpus", "audit_report"), "8",
              ("networks",), ("torch",), ("audit_report",), reads=("corpus.simulation", "teacher.network")),

@@ -238,9 +238,8 @@ def test_labelled_rows_of_the_field_join_the_group_of_their_shape_as_whole_sampl
     features = read_columns(corpus.file("features"), ["group", "grid", "site", "source", "labelled", "csi", "csi_mask", "task"])
     field = features["source"].astype(str) == "telemetry"
     told = corpus.metrics["site"]
-    assert (
-        field.sum() == told["labelled"] > 0 and features["labelled"].all() and told["rows"] == 150 > field.sum() + told["held_back"]
-    )
+    assert field.sum() == told["labelled"] > 0 and features["labelled"].all()
+    assert told["rows"] == 150 > field.sum() + told["held_back"]
     for group in np.unique(features["group"].astype(str)):
         grids = np.unique(features["grid"][features["group"].astype(str) == group], axis=0)
         assert ["x".join(map(str, grid)) for grid in grids.tolist()] == [group], "a batch is of one group, so of one shape"
@@ -264,7 +263,8 @@ def test_what_no_row_can_be_learned_from_is_one_sentence(made):
 
 
 def test_telemetry_of_another_grid_or_label_is_set_aside_with_the_reason(made, tmp_path):
-    current, spec, _ = made
+    current, spec, artifacts = made
+    spec_with_site(current, spec, artifacts, 150, 0.4, hours_ago=3)
     function = load_function(spec.function)
     schema = telemetry_schema(function, function.corpus_config(spec.steps.corpus.simulation), 1000.0)
     columns, _ = read_file(sorted(current.telemetry_dir(spec.pipeline).glob("*.parquet"))[0], schema)

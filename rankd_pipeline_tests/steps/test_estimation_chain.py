@@ -18,10 +18,9 @@ from rankd_pipeline.steps.chain import STEPS
 from rankd_pipeline.steps.runner import open_store, run_step
 from rankd_pipeline.steps.summary import reached, summarise
 from rankd_pipeline.steps.watch import report_drift, take_telemetry
-from rankd_pipeline.store.tensors import iter_tables, read_columns
 from rankd_pipeline.telemetry.contract import read_file, telemetry_schema
 from rankd_pipeline.telemetry.field import Play, play
-from rankd_pipeline_tests.steps.field_site import spec_with_site
+from rankd_pipeline_tests.steps.field_site import assert_labels_of_the_field_are_learned_from
 
 pytestmark = pytest.mark.xdist_group("estimation_chain")
 STUDENTS = ("filter_bank", "cnn")
@@ -156,13 +155,4 @@ def test_the_field_is_played_and_drift_names_what_moved(made, tmp_path, monkeypa
 
 
 def test_labelled_rows_of_the_field_are_learned_from(made):
-    """The whole chain again, with an hour of the field in its corpus: labels of one type, as many as were delivered."""
-    current, spec, artifacts = made
-    store, again = open_store(current), spec_with_site(current, spec, artifacts, 140, 0.6)
-    second = {step: run_step(step, again, store, current) for step in STEPS}
-    corpus = second["corpus"]
-    told, ids = corpus.metrics["site"], read_columns(corpus.file("labels"), ["sample_id"])["sample_id"]
-    assert (ids >= told["first_id"]).sum() == told["labelled"] > 0 and told["held_back"] > 0
-    assert len({table.schema.field("label").type for table in iter_tables(corpus.file("labels"))}) == 1
-    labels = second["oracle_labels"].metrics["by_provenance"]
-    assert labels["classical_sweep"] == told["labelled"] and second["teacher"].recipe != artifacts["teacher"].recipe
+    assert_labels_of_the_field_are_learned_from(*made, 140)
